@@ -1,0 +1,1 @@
+"""Pixels from disks and cameras, tracks and training."""

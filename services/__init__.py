@@ -1,0 +1,1 @@
+"""Streams kept alive for others."""

@@ -1,0 +1,1 @@
+"""Temporal Shift Module: tensors in, records out."""
