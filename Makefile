@@ -1,0 +1,61 @@
+# `make demo` and `make test` are the only two commands a newcomer needs; each sets up everything itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_SECONDS ?=
+PYTEST_ARGS ?=
+
+.PHONY: setup demo serve test test-all check format bench docs clean
+
+setup: $(VENV)/.run
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$($(PYTHON) --version) is too old: Python >= 3.11 is needed; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "error: Python's venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing the service into $(VENV) (a few minutes the first time) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@echo "installing the test tools into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/.run
+	$(BIN)/tsm demo $(if $(DEMO_SECONDS),--seconds $(DEMO_SECONDS))
+
+serve: $(VENV)/.run
+	$(BIN)/tsm serve
+
+test: $(VENV)/.test
+	@bash tests/system_packages.sh
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.test
+	@bash tests/system_packages.sh
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/tables.py --check
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.test
+	$(BIN)/python -m tests.benchmark.run
+	$(BIN)/python docs/tables.py
+
+docs: $(VENV)/.test
+	$(BIN)/python docs/tables.py
+
+clean:
+	rm -rf $(VENV) .tsm .pytest_cache .mypy_cache .ruff_cache build *.egg-info
