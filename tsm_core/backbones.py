@@ -1,0 +1,175 @@
+"""torchvision's ResNet and MobileNetV2 with the shifts put in; parameter names stay torchvision's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models import MobileNetV2, ResNet, mobilenet_v2, resnet50, resnet101
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock
+
+from tsm_core.errors import CallerError
+from tsm_core.shift import MeasurePass, Pass
+
+FC_STD = 0.001
+
+# What the call in progress does at its shifted layers. Set for one call of one network in one thread (see `run`).
+_running: ContextVar[Pass] = ContextVar("tsm_pass")
+
+
+class UnknownBackbone(CallerError):
+    """No backbone of this name."""
+
+    reason = "unknown_backbone"
+
+
+class ShiftedConv2d(nn.Conv2d):
+    """A convolution that reads its input through the temporal shift; weights and their names are those of Conv2d."""
+
+    layer: int
+    fold_div: int
+
+    @classmethod
+    def around(cls, conv: nn.Conv2d, layer: int, fold_div: int) -> ShiftedConv2d:
+        """The same convolution, same weights, as shifted layer number `layer`."""
+        shifted = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        shifted.weight, shifted.bias = conv.weight, conv.bias
+        shifted.layer, shifted.fold_div = layer, fold_div
+        return shifted
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (frames, C, H, W), shifted as the running pass says, convolved."""
+        return super().forward(_running.get().shift(self.layer, x, self.fold_div))
+
+    def extra_repr(self) -> str:
+        """Conv2d's, and the shift."""
+        return f"{super().extra_repr()}, shifted layer {self.layer}, 1/{self.fold_div} of the channels"
+
+
+class DropoutLinear(nn.Linear):
+    """A linear layer behind dropout, so that a network's `fc` keeps its name."""
+
+    p: float = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (frames, features) -> (frames, classes)."""
+        return super().forward(functional.dropout(x, self.p, self.training))
+
+
+class SmallResNet(ResNet):
+    """A ResNet of BasicBlocks [1, 2, 2, 2], 16 to 128 channels, 5x5 stride-2 stem and no max-pool: 0.7 M parameters."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+        self.inplanes = 16
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=5, stride=2, padding=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        self.layer1 = self._make_layer(BasicBlock, 16, 1)
+        self.layer2 = self._make_layer(BasicBlock, 32, 2, stride=2)
+        self.layer3 = self._make_layer(BasicBlock, 64, 2, stride=2)
+        self.layer4 = self._make_layer(BasicBlock, 128, 2, stride=2)
+        self.fc = nn.Linear(128, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _resnet_slots(net: ResNet) -> Iterator[tuple[nn.Module, str]]:
+    # inside the residual branch, at the first convolution; every second block where layer3 is deep (ResNet-101)
+    every = 2 if len(net.layer3) >= 23 else 1
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        for index, block in enumerate(stage):
+            if index % every == 0:
+                yield block, "conv1"
+
+
+def _mobilenet_slots(net: MobileNetV2) -> Iterator[tuple[nn.Module, str]]:
+    # the expanding 1x1 convolution of every block that has one and keeps its identity path
+    for block in net.features:
+        if isinstance(block, InvertedResidual) and block.use_res_connect and len(block.conv) == 4:
+            yield block.conv[0], "0"
+
+
+def _shift_layers(net: nn.Module, fold_div: int) -> None:
+    places = _resnet_slots(net) if isinstance(net, ResNet) else _mobilenet_slots(net)  # type: ignore[arg-type]
+    for layer, (parent, name) in enumerate(list(places)):
+        setattr(parent, name, ShiftedConv2d.around(getattr(parent, name), layer, fold_div))
+
+
+def _classifier(net: nn.Module, dropout: float) -> None:
+    if isinstance(net, ResNet):
+        fc = DropoutLinear(net.fc.in_features, net.fc.out_features)
+        fc.p, net.fc = dropout, fc
+        last: nn.Linear = fc
+    else:
+        net.classifier[0].p = dropout  # type: ignore[index,union-attr,assignment]
+        last = net.classifier[1]  # type: ignore[index,assignment]
+    nn.init.normal_(last.weight, std=FC_STD)
+    nn.init.zeros_(last.bias)
+
+
+BACKBONES: dict[str, Callable[[int], nn.Module]] = {
+    "resnet50": lambda classes: resnet50(num_classes=classes),
+    "resnet101": lambda classes: resnet101(num_classes=classes),
+    "mobilenet_v2": lambda classes: mobilenet_v2(num_classes=classes),
+    "resnet_small": SmallResNet,
+}
+
+
+def build_backbone(
+    name: str, num_classes: int, *, shifted: bool = True, fold_div: int = 8, dropout: float = 0.5
+) -> nn.Module:
+    """torchvision's network with random weights, shifted layers and a fresh classifier: (frames, 3, H, W) -> logits.
+
+    Call it through `run`, which says what the shift does. `shifted=False` leaves the plain network, which sees single
+    frames. A state_dict of torchvision's class loads strictly. Raises UnknownBackbone.
+    """
+    if name not in BACKBONES:
+        raise UnknownBackbone(f"backbone {name!r} does not exist; there are {', '.join(sorted(BACKBONES))}")
+    net = BACKBONES[name](num_classes)
+    if shifted:
+        _shift_layers(net, fold_div)
+    _classifier(net, dropout)
+    return net
+
+
+def shifted_layers(net: nn.Module) -> int:
+    """How many layers of `net` are shifted: so many frames back its memory reaches."""
+    return sum(isinstance(module, ShiftedConv2d) for module in net.modules())
+
+
+def run(net: nn.Module, frames: Tensor, how: Pass) -> Tensor:
+    """`net(frames)`, with `how` at its shifted layers. Calls in other threads do not see it."""
+    token = _running.set(how)
+    try:
+        out: Tensor = net(frames)
+        return out
+    finally:
+        _running.reset(token)
+
+
+def state_spec(net: nn.Module, input_px: int) -> list[tuple[int, int, int]]:
+    """Shape (fold, H, W) of each shifted layer's state for square frames of `input_px`; leaves `net` unchanged."""
+    measure = MeasurePass()
+    weight = next(net.parameters())
+    training = net.training
+    net.eval()
+    with torch.no_grad():
+        run(net, weight.new_zeros(1, 3, input_px, input_px), measure)
+    net.train(training)
+    return measure.spec
