@@ -1,0 +1,153 @@
+"""Speed, side by side in one process: `make bench` writes results/step.json, from which the README's table is made.
+
+Every row alternates the two sides for several rounds, reversing the order each round, after one discarded call; what is
+compared is the median of the process's CPU time on one thread. The baseline is the usual way to step an online TSM:
+`plain.py`, a plain torch network of the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tests.benchmark.plain import plain_online
+from tsm_core.model import TSM, build
+from tsm_core.recipes import Recipe, find_recipe, generic
+
+RESULTS = Path(__file__).parent / "results"
+COMMAND = "make bench"
+
+
+def machine() -> str:
+    """Processor, cores used and the library's version."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return f"{model}, 1 thread, torch {torch.__version__}"
+
+
+def alternate(sides: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, float]:
+    """Median CPU milliseconds of one call of each side, order reversed every round."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for round_ in range(rounds):
+        for name in names if round_ % 2 == 0 else reversed(names):
+            sides[name]()
+            start = time.process_time()
+            for _ in range(calls):
+                sides[name]()
+            times[name].append((time.process_time() - start) * 1000 / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def recipe_of(backbone: str) -> Recipe:
+    """The uni-directional recipe of a backbone, 1,000 classes."""
+    if backbone == "resnet_small":
+        return find_recipe("motion9")
+    return generic(backbone, "uni", [str(label) for label in range(1000)])
+
+
+def stepper(model: TSM, streams: int, pixels: torch.Tensor) -> Callable[[], object]:
+    """One step of `streams` streams on the same pixels."""
+    arena = model.new_arena(streams)
+    slots = [arena.allocate() for _ in range(streams)]
+    batch = pixels.expand(streams, -1, -1, -1).contiguous()
+    return lambda: model.step(batch, arena, slots)
+
+
+def bench_step(rounds: int = 7) -> list[list[object]]:
+    """Online step against the usual way, with and without shift, one stream and eight."""
+    rows: list[list[object]] = []
+    for backbone, calls in (("mobilenet_v2", 12), ("resnet50", 4)):
+        model = build(recipe_of(backbone)).eval()
+        pixels = torch.randn(1, 3, model.input_px, model.input_px)
+        plain, flat = plain_online(backbone), plain_online(backbone, shifted=False)
+        with torch.inference_mode():
+            ms = alternate(
+                {
+                    "plain": partial(plain, pixels),
+                    "plain without shift": partial(flat, pixels),
+                    "ours": stepper(model, 1, pixels),
+                    "ours, 8 streams": stepper(model, 8, pixels),
+                },
+                rounds,
+                calls,
+            )
+        ms["ours, 8 streams"] /= 8
+        rows += [[backbone, name, round(value, 2), f"{ms['plain'] / value:.2f}"] for name, value in ms.items()]
+    return rows
+
+
+def bench_state(rounds: int = 7) -> list[list[object]]:
+    """What gathering and scattering the shift state costs beside the step."""
+    rows: list[list[object]] = []
+    for backbone in ("mobilenet_v2", "resnet50", "resnet_small"):
+        model = build(recipe_of(backbone)).eval()
+        arena = model.new_arena(8)
+        slots = [arena.allocate() for _ in range(8)]
+        batch = torch.randn(8, 3, model.input_px, model.input_px)
+        with torch.inference_mode():
+            ms = alternate(
+                {
+                    "step": lambda model=model, batch=batch, arena=arena, slots=slots: model.step(batch, arena, slots),
+                    "state": lambda arena=arena, slots=slots: arena.scatter(slots, arena.gather(slots)),
+                },
+                rounds,
+                3,
+            )
+        rows.append(
+            [
+                backbone,
+                arena.elements,
+                round(ms["step"] / 8, 3),
+                round(ms["state"] / 8, 4),
+                f"{ms['state'] / ms['step']:.1%}",
+            ]
+        )
+    return rows
+
+
+def write(name: str, title: str, table: list[list[object]]) -> None:
+    """One result file, with its command and machine."""
+    RESULTS.mkdir(exist_ok=True)
+    result = {
+        "title": title,
+        "command": COMMAND,
+        "machine": machine(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "table": table,
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for row in table:
+        print("  ".join(f"{cell!s:>24}" for cell in row), flush=True)
+
+
+def main() -> None:
+    """Run every benchmark, one after another."""
+    torch.set_num_threads(1)
+    print("online step ...", flush=True)
+    write(
+        "step",
+        "Online step of one 224 px frame, fp32, random weights",
+        [["network", "way", "CPU ms a frame", "times the plain way's speed"], *bench_step()],
+    )
+    print("state handling ...", flush=True)
+    write(
+        "state",
+        "Shift state: one gather and one scatter for 8 streams, beside the step",
+        [["network", "numbers a stream", "step, CPU ms a frame", "state, CPU ms a frame", "share"], *bench_state()],
+    )
+
+
+if __name__ == "__main__":
+    main()
