@@ -1,0 +1,653 @@
+"""A simulated camera: pictures paced by a clock, encoded once for all viewers, with its truth and its faults.
+
+The camera's clock starts when the camera is made and never stops: frame n is due `n / fps` seconds later, watched or
+not. Its RTP timestamps are `rtp_base + n * 90000 / fps`, and a viewer is told `rtp_base` as the timestamp of time 0,
+so a client that believes the announcement (PyAV; ffmpeg with `-copyts`) sees `pts_s = n / fps`. A client that counts
+from its first picture (ffmpeg without `-copyts`) sees 0 for the session's `first_frame`. `frame_number` undoes both.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import av
+import numpy as np
+from av.video.frame import PictureType
+from numpy.typing import NDArray
+
+from pipelines.rtp import CLOCK_HZ, Codec, ParameterSets, is_key, payloads, split_nals
+from pipelines.scenes import Scene
+from tsm_core.errors import CallerError
+
+Pixels = NDArray[np.uint8]
+Auth = Literal["none", "basic", "digest"]
+
+NUMBER_BITS = 20
+CHECK_BITS = 4
+BLOCKS_PER_WIDTH = 40  # a block is 1/40 of the picture wide and high: 8 px at 320 px
+CATCH_UP_FRAMES = 3
+LONGEST_KEY_GAP_S = 2.0
+
+
+class CameraError(CallerError):
+    """A simulated camera cannot be made or set as asked."""
+
+    reason = "invalid_camera"
+
+
+class UnusableVideo(CameraError):
+    """The file holds no video that a camera could show."""
+
+    reason = "unusable_video"
+
+
+# --- the number in the picture ------------------------------------------------------------------------------------
+
+
+def _blocks(height: int, width: int) -> list[tuple[slice, slice]]:
+    rows = slice(height - max(1, round(height / BLOCKS_PER_WIDTH)), height)
+    edges = [round(i * width / BLOCKS_PER_WIDTH) for i in range(NUMBER_BITS + CHECK_BITS + 1)]
+    return [(rows, slice(left, right)) for left, right in pairwise(edges)]
+
+
+def _code(number: int) -> int:
+    """The number with four parity bits, each over every fourth bit; the last inverted, so that black is no number."""
+    parity = 0b1000
+    for nibble in range(0, NUMBER_BITS, CHECK_BITS):
+        parity ^= (number >> nibble) & 0xF
+    return number << CHECK_BITS | parity
+
+
+def burn_frame_number(image: Pixels, number: int) -> Pixels:
+    """A copy of image (H, W, 3) with `number` modulo 2^20 as black and white blocks at the left of its bottom edge."""
+    out = image.copy()
+    code = _code(number % (1 << NUMBER_BITS))
+    for i, (rows, columns) in enumerate(_blocks(*image.shape[:2])):
+        out[rows, columns] = 255 if code >> (NUMBER_BITS + CHECK_BITS - 1 - i) & 1 else 0
+    return out
+
+
+def read_frame_number(image: Pixels) -> int | None:
+    """The number burnt into image (H, W, 3) uint8; None when unreadable. A block must still be two pixels."""
+    code = 0
+    for rows, columns in _blocks(*image.shape[:2]):
+        block = image[rows, columns]
+        high, wide = block.shape[:2]
+        light = float(block[high // 4 : high - high // 4, wide // 4 : wide - wide // 4].mean())
+        if 100 < light < 155:
+            return None
+        code = code << 1 | (light > 127)
+    number = code >> CHECK_BITS
+    return number if _code(number) == code else None
+
+
+def frame_number(pts_s: float, fps: float, first_frame: int = 0) -> int:
+    """The camera's frame number of a picture with presentation time `pts_s`.
+
+    first_frame: 0 where the client keeps the announced time (PyAV; ffmpeg with `-copyts`), the session's `first_frame`
+    where its pts begin at 0 (ffmpeg without `-copyts`). Clock jumps are part of `pts_s` and are not undone.
+    """
+    return first_frame + round(pts_s * fps)
+
+
+# --- what the camera looks at -------------------------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """Anything that gives pictures by number: frame(n) is uint8 (H, W, 3), the same for every call with n."""
+
+    fps: float
+
+    def frame(self, number: int) -> Pixels:
+        """The picture `number`, RGB."""
+
+
+@runtime_checkable
+class Scripted(Protocol):
+    """A source that knows what happens when."""
+
+    def script(self, until_frame: int) -> list[Any]:
+        """What happens from frame 0 on: label, start_frame and end_frame (exclusive) of each interval."""
+
+
+class SceneSource:
+    """A procedural scene with its script."""
+
+    def __init__(self, seed: int, size_px: int = 320, fps: float = 15.0) -> None:
+        if size_px < 64 or size_px % 2:
+            raise CameraError(f"size_px is {size_px}: give an even number of at least 64")
+        self.fps = fps
+        self.scene = Scene(seed, size_px, fps)
+
+    def frame(self, number: int) -> Pixels:
+        """The picture `number`, uint8 (size_px, size_px, 3), RGB."""
+        return self.scene.frame(number)
+
+    def script(self, until_frame: int) -> list[Any]:
+        """Label, start_frame and end_frame of every interval that begins before `until_frame`."""
+        return list(self.scene.script(until_frame))
+
+
+class FileSource:
+    """A video file in a loop: picture n is the file's picture n modulo `frames`, at the file's mean rate.
+
+    `encoded` is True when the file can go out as it is: H.264 or H.265 without B-frames, evenly timed, a key frame at
+    least every two seconds. The file is then held in memory. `reencode=True` forbids it. Raises UnusableVideo.
+    """
+
+    def __init__(self, path: str | Path, *, reencode: bool = False) -> None:
+        self.path = Path(path)
+        self._container: Any = None
+        self._pictures: Any = None
+        self._next = 0
+        self._units: list[tuple[bytes, bool]] = []
+        try:
+            with av.open(str(self.path)) as container:
+                self._survey(container, reencode)
+        except (OSError, av.error.FFmpegError, IndexError) as error:
+            raise UnusableVideo(f"{self.path.name} cannot be read as a video: {error}") from None
+
+    def _survey(self, container: Any, reencode: bool) -> None:
+        stream = container.streams.video[0]
+        name = {"h264": "h264", "hevc": "h265"}.get(stream.codec_context.name)
+        self.codec: Codec = "h265" if name == "h265" else "h264"
+        to_annexb = None
+        if name and not reencode:
+            to_annexb = av.BitStreamFilterContext(f"{stream.codec_context.name}_mp4toannexb", stream)
+        keys: list[int] = []
+        stamps: list[float | None] = []
+        units: list[bytes] = []
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.is_keyframe:
+                keys.append(len(stamps))
+            stamps.append(None if packet.pts is None else float(packet.pts * packet.time_base))
+            if to_annexb:
+                units.extend(bytes(filtered) for filtered in to_annexb.filter(packet))
+        if not stamps:
+            raise UnusableVideo(f"{self.path.name} holds no pictures")
+        self.frames = len(stamps)
+        times = sorted(stamp for stamp in stamps if stamp is not None)
+        span_s = times[-1] - times[0] if times else 0.0
+        self.fps = (len(times) - 1) / span_s if span_s > 0 else float(stream.average_rate or 25)
+        self._start_s = times[0] if times else 0.0
+        even = len(times) == self.frames and all(
+            abs((stamp or 0.0) - self._start_s - i / self.fps) < 0.5 / self.fps for i, stamp in enumerate(stamps)
+        )
+        gaps = [after - before for before, after in zip(keys, [*keys[1:], self.frames], strict=True)]
+        # timestamps out of order (B-frames) are never even
+        joinable = bool(keys) and keys[0] == 0 and max(gaps) <= LONGEST_KEY_GAP_S * self.fps
+        if to_annexb and even and joinable and len(units) == self.frames:
+            key_set = set(keys)
+            self._units = [(unit, i in key_set) for i, unit in enumerate(units)]
+
+    @property
+    def encoded(self) -> bool:
+        """True when `unit` gives the file's own compressed pictures."""
+        return bool(self._units)
+
+    def unit(self, number: int) -> tuple[bytes, bool]:
+        """Picture `number` as an Annex B access unit, and whether decoding can begin there."""
+        return self._units[number % self.frames]
+
+    def frame(self, number: int) -> Pixels:
+        """The picture `number`, uint8 (H, W, 3), RGB, sides even. Asking in order is quick; going back rewinds."""
+        wanted = number % self.frames
+        for _ in range(2):  # the survey counts packets; a file may decode to fewer pictures: then begin again
+            if self._pictures is None or wanted < self._next:
+                self.close()
+                self._container = av.open(str(self.path))
+                stream = self._container.streams.video[0]
+                stream.codec_context.thread_count = 1
+                self._pictures = self._container.decode(stream)
+                self._next = 0
+            for picture in self._pictures:
+                self._next += 1
+                if self._next > wanted:
+                    image: Pixels = picture.to_ndarray(format="rgb24")
+                    return np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
+            self.frames = max(1, self._next)
+            wanted = number % self.frames
+        raise UnusableVideo(f"{self.path.name} decodes to no pictures")
+
+    def close(self) -> None:
+        """Let go of the file; the next `frame` opens it again."""
+        if self._container is not None:
+            self._container.close()
+        self._container = self._pictures = None
+
+
+def open_source(text: str, *, size_px: int = 320, fps: float = 15.0) -> Source:
+    """The source that a mount names: `scene:SEED`, or the path of a video file."""
+    if text.startswith("scene:"):
+        seed = text.removeprefix("scene:")
+        if not seed.isdecimal():
+            raise CameraError(f"{text!r} names no scene: write scene:SEED with a whole number")
+        return SceneSource(int(seed), size_px, fps)
+    if not Path(text).is_file():
+        raise CameraError(f"{text!r} is neither scene:SEED nor a file")
+    return FileSource(text)
+
+
+# --- compression --------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """H.264 or H.265 without delay: one picture in, one access unit out."""
+
+    def __init__(self, codec: Codec, width: int, height: int, fps: float, bit_rate: int) -> None:
+        library = {"h264": "libx264", "h265": "libx265"}[codec]
+        context: Any = av.CodecContext.create(library, "w")
+        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        context.framerate = Fraction(fps).limit_denominator(1001)
+        context.time_base = Fraction(1, CLOCK_HZ)
+        context.bit_rate = bit_rate
+        context.thread_count = 1
+        # key frames are asked for, one by one
+        params = "scenecut=0:keyint=100000:min-keyint=1"
+        if codec == "h265":
+            params += ":log-level=none:pools=none:frame-threads=1:bframes=0:open-gop=0:repeat-headers=1"
+        context.options = {
+            "preset": "ultrafast",
+            "tune": "zerolatency",
+            "forced-idr": "1",
+            f"{library[3:]}-params": params,
+        }
+        context.open()
+        self.codec = codec
+        self.shape = (height, width)
+        self._context = context
+
+    def encode(self, image: Pixels, pts: int, *, key: bool) -> list[bytes]:
+        """The NAL units of image (H, W, 3)."""
+        frame: Any = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+        frame.pts = pts
+        frame.pict_type = PictureType.I if key else PictureType.NONE
+        return split_nals(b"".join(bytes(packet) for packet in self._context.encode(frame)))
+
+
+class AccessUnit(NamedTuple):
+    """One compressed picture, cut for RTP."""
+
+    number: int
+    timestamp: int
+    key: bool
+    payloads: list[bytes]
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """How the camera misbehaves. All at rest by default; each may be turned while clients play."""
+
+    dark: bool = False
+    """No pictures are sent; the connection stays."""
+    garbage: bool = False
+    """Every payload is replaced by random bytes."""
+    bit_flip_rate: float = 0.0
+    """Share of packets with one flipped bit."""
+    loss_rate: float = 0.0
+    """Share of packets that are never sent."""
+    clock_offset_s: float = 0.0
+    """Added to every timestamp: turning it makes the camera's clock jump."""
+    slow: float = 1.0
+    """The camera's time runs so many times slower: 4 gives a quarter of the pictures per second."""
+    size: tuple[int, int] | None = None
+    """Width and height in pixels, instead of the source's own."""
+    status: int | None = None
+    """Answer to everything but OPTIONS, e.g. 401, 404, 454, 503."""
+    reply_delay_s: float = 0.0
+    """Wait before each reply."""
+    never_answer: bool = False
+    """Requests are read and left without a reply."""
+    unknown_codec: bool = False
+    """The session description names a codec that nobody knows."""
+    sender_reports: bool = True
+    """RTCP sender reports every few seconds."""
+
+    def turned(self, **changes: Any) -> Knobs:
+        """A copy with `changes`. Raises CameraError for an unknown name or a value out of range."""
+        known = {field.name for field in fields(self)}
+        if unknown := sorted(set(changes) - known):
+            raise CameraError(f"no knob named {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        if isinstance(changes.get("size"), list):
+            changes["size"] = tuple(changes["size"])
+        new = replace(self, **changes)
+        for name in ("bit_flip_rate", "loss_rate"):
+            if not 0 <= getattr(new, name) <= 1:
+                raise CameraError(f"{name} is {getattr(new, name)}: give a share from 0 to 1")
+        if not 0.01 <= new.slow <= 1000:
+            raise CameraError(f"slow is {new.slow}: give a factor from 0.01 to 1000")
+        if new.size and (len(new.size) != 2 or any(side < 64 or side % 2 for side in new.size)):
+            raise CameraError(f"size is {new.size}: give even width and height of at least 64 px")
+        if new.status is not None and not 400 <= new.status <= 599:
+            raise CameraError(f"status is {new.status}: give 400 to 599, or null")
+        return new
+
+
+# --- the camera ---------------------------------------------------------------------------------------------------
+
+
+class LogEntry(NamedTuple):
+    """One picture sent to one client."""
+
+    frame_number: int
+    sent_unix_s: float
+    session_id: str
+    user_agent: str
+
+
+@dataclass
+class SessionInfo:
+    """One client's play, as the camera saw it. `first_frame` is the number of the first picture it was sent."""
+
+    session_id: str
+    user_agent: str
+    transport: str
+    started_unix_s: float
+    ended_unix_s: float | None = None
+    first_frame: int | None = None
+    last_frame: int | None = None
+    frames: int = 0
+    skipped: int = 0
+    packets_lost: int = 0
+
+    def frame_number(self, pts_s: float, fps: float) -> int:
+        """The camera's number of a picture whose pts count from this session's first."""
+        return frame_number(pts_s, fps, self.first_frame or 0)
+
+
+class Viewer(Protocol):
+    """Who gets the access units; called in the camera's thread."""
+
+    def post(self, unit: AccessUnit, *, gap: bool) -> None:
+        """Take one picture; gap: pictures are missing before it, decode from the next key."""
+
+
+class Camera:
+    """One camera: a source, an encoder shared by all viewers, knobs, the script and the log.
+
+    codec applies where pictures are encoded; a file that is served as it is keeps its own. burn puts the frame number
+    into encoded pictures (default: scenes yes, files no). auth other than "none" needs username and password.
+    `always` keeps encoding while nobody plays. `seed` fixes the faults' dice and the RTP base.
+    """
+
+    def __init__(
+        self,
+        source: Source | str,
+        *,
+        codec: Codec = "h264",
+        auth: Auth = "none",
+        username: str = "",
+        password: str = "",
+        bit_rate: int = 1_000_000,
+        burn: bool | None = None,
+        always: bool = False,
+        transports: tuple[str, ...] = ("tcp", "udp"),
+        seed: int = 0,
+        log_size: int = 200_000,
+    ) -> None:
+        if auth not in ("none", "basic", "digest"):
+            raise CameraError(f"auth is {auth!r}: give none, basic or digest")
+        if codec not in ("h264", "h265"):
+            raise CameraError(f"codec is {codec!r}: give h264 or h265")
+        if auth != "none" and not (username and password):
+            raise CameraError(f"auth {auth} needs a username and a password")
+        self.auth, self.username, self._password = auth, username, password
+        self.bit_rate, self.always, self.transports, self.seed = bit_rate, always, transports, seed
+        self.knobs = Knobs()
+        self.rtp_base = random.Random(seed).randrange(1, 1 << 20)
+        self._codec: Codec = codec
+        self._burn = burn
+        self._lock = threading.Lock()
+        self._viewers: list[Viewer] = []
+        self._thread: threading.Thread | None = None
+        self._open = False
+        self._key_wanted = False
+        self._last_sent = -1
+        self._log: deque[LogEntry] = deque(maxlen=log_size)
+        self._logged = 0
+        self._sessions: deque[SessionInfo] = deque(maxlen=10_000)
+        self._sets: tuple[object, ParameterSets] | None = None
+        self._source = open_source(source) if isinstance(source, str) else source
+        self._anchor = (time.monotonic(), 0.0)  # at this moment the camera's clock showed this frame
+        self.fps = float(self._source.fps)
+
+    def __repr__(self) -> str:
+        return f"Camera({type(self._source).__name__}, {self.codec}, {self.fps:g} fps, auth {self.auth})"
+
+    # -- what it shows
+
+    @property
+    def source(self) -> Source:
+        """What the camera looks at."""
+        return self._source
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of what it sends now."""
+        source = self._passthrough()
+        return source.codec if source else self._codec
+
+    def switch(self, source: Source | str) -> None:
+        """Look at something else from the next picture on. Its rate must be the camera's: time goes on."""
+        new = open_source(source, fps=self.fps) if isinstance(source, str) else source
+        if abs(new.fps - self.fps) > 0.01 * self.fps:
+            raise CameraError(f"the camera runs at {self.fps:g} fps, the new source at {new.fps:g}: they must be equal")
+        with self._lock:
+            self._source = new
+            self._key_wanted = True
+
+    def script(self, until_frame: int | None = None) -> list[Any]:
+        """What happens when, from frame 0 on; [] for sources that know no script.
+
+        until_frame defaults to one minute ahead of now.
+        """
+        if not isinstance(self._source, Scripted):
+            return []
+        ahead = self.now() + round(60 * self.fps)
+        return self._source.script(ahead if until_frame is None else until_frame)
+
+    def now(self) -> int:
+        """The number of the newest frame by the camera's clock."""
+        return math.floor(self._position(time.monotonic()))
+
+    def _position(self, at: float) -> float:
+        moment, frame = self._anchor
+        return frame + (at - moment) * self.fps / self.knobs.slow
+
+    def _due(self, number: int) -> float:
+        moment, frame = self._anchor
+        return moment + (number - frame) * self.knobs.slow / self.fps
+
+    def timestamp(self, number: int) -> int:
+        """The RTP timestamp of frame `number`, clock jumps included."""
+        ticks = round(number * CLOCK_HZ / self.fps + self.knobs.clock_offset_s * CLOCK_HZ)
+        return (self.rtp_base + ticks) & 0xFFFFFFFF
+
+    # -- its truth
+
+    def log(self, after: int = 0) -> list[LogEntry]:
+        """Every picture sent to every client, oldest first, without the first `after` ever logged."""
+        with self._lock:
+            entries = list(self._log)
+            dropped = self._logged - len(entries)
+        return entries[max(0, after - dropped) :]
+
+    def sessions(self) -> list[SessionInfo]:
+        """Every play so far, oldest first."""
+        with self._lock:
+            return [replace(info) for info in self._sessions]
+
+    def began(self, info: SessionInfo) -> None:
+        """Note a new play (called by the server)."""
+        with self._lock:
+            self._sessions.append(info)
+
+    def sent(self, entry: LogEntry) -> None:
+        """Note a picture sent (called by the server)."""
+        with self._lock:
+            self._log.append(entry)
+            self._logged += 1
+
+    # -- its faults
+
+    def set(self, **changes: Any) -> Knobs:
+        """Turn knobs (see Knobs); returns all of them. Raises CameraError for an unknown one or a bad value."""
+        with self._lock:
+            new = self.knobs.turned(**changes)
+            at = time.monotonic()
+            self._anchor = (at, self._position(at))
+            if (self.knobs.dark, self.knobs.size) != (new.dark, new.size):
+                self._key_wanted = True
+            self.knobs = new
+        return new
+
+    def knob_values(self) -> dict[str, Any]:
+        """The knobs as JSON-able values."""
+        return asdict(self.knobs)
+
+    # -- its viewers
+
+    def check_password(self, username: str, password: str) -> bool:
+        """True when these are the camera's credentials, or it has none."""
+        return self.auth == "none" or (username == self.username and password == self._password)
+
+    def credentials(self) -> tuple[str, str]:
+        """Username and password, for the digest."""
+        return self.username, self._password
+
+    def open(self) -> None:
+        """Let viewers in (called by the server)."""
+        with self._lock:
+            self._open = True
+            self._wake()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stop the encoder; the clock goes on (called by the server)."""
+        with self._lock:
+            self._open = False
+            self._viewers.clear()
+            thread = self._thread
+        if thread:
+            thread.join(timeout_s)
+
+    def join(self, viewer: Viewer) -> None:
+        """Begin to feed a viewer, from a key frame on."""
+        with self._lock:
+            self._viewers.append(viewer)
+            self._key_wanted = True
+            self._wake()
+
+    def leave(self, viewer: Viewer) -> None:
+        """Feed a viewer no more."""
+        with self._lock, suppress(ValueError):
+            self._viewers.remove(viewer)
+
+    def want_key(self) -> None:
+        """Make the next encoded picture a key frame."""
+        with self._lock:
+            self._key_wanted = True
+
+    def _wake(self) -> None:
+        if self._thread is None and self._open and (self._viewers or self.always):
+            self._thread = threading.Thread(target=self._run, name="camera", daemon=True)
+            self._thread.start()
+
+    # -- its encoder
+
+    def _passthrough(self) -> FileSource | None:
+        source = self._source
+        return source if isinstance(source, FileSource) and source.encoded and not self.knobs.size else None
+
+    def _picture(self, source: Source, number: int) -> Pixels:
+        image = source.frame(number)
+        size = self.knobs.size
+        if size and (image.shape[1], image.shape[0]) != size:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(width=size[0], height=size[1])
+            image = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        burn = self._burn if self._burn is not None else not isinstance(source, FileSource)
+        return burn_frame_number(image, number) if burn else image
+
+    def parameter_sets(self) -> ParameterSets:
+        """SPS, PPS (and VPS) of what is sent now. Slow the first time: it encodes one picture."""
+        source, size = self._source, self.knobs.size
+        if self._sets and self._sets[0] == (id(source), size):
+            return self._sets[1]
+        if file := self._passthrough():
+            codec, nals = file.codec, split_nals(file.unit(0)[0])
+        else:
+            codec, image = self._codec, self._probe_picture(source)
+            encoder = Encoder(codec, image.shape[1], image.shape[0], self.fps, self.bit_rate)
+            nals = encoder.encode(image, 0, key=True)
+        sets = ParameterSets.find(nals, codec)
+        self._sets = ((id(source), size), sets)
+        return sets
+
+    def _probe_picture(self, source: Source) -> Pixels:
+        # a file's decoder belongs to the encoding thread: take another
+        return self._picture(FileSource(source.path) if isinstance(source, FileSource) else source, 0)
+
+    def _run(self) -> None:
+        """Encode and hand out pictures until nobody is left."""
+        encoder: Encoder | None = None
+        number = math.ceil(self._position(time.monotonic()))
+        while True:
+            with self._lock:
+                if not self._open or not (self._viewers or self.always):
+                    self._thread = None
+                    return
+            if (wait_s := self._due(number) - time.monotonic()) > 0:
+                time.sleep(min(wait_s, 0.1))
+                continue
+            behind = math.floor(self._position(time.monotonic())) - number
+            gap = False
+            if behind > CATCH_UP_FRAMES:
+                number, gap = number + behind, True
+            if self.knobs.dark:
+                number += 1
+                continue
+            encoder = self._send(number, encoder, gap=gap or number != self._last_sent + 1)
+            self._last_sent = number
+            number += 1
+
+    def _send(self, number: int, encoder: Encoder | None, *, gap: bool) -> Encoder | None:
+        source, file = self._source, self._passthrough()
+        if file:
+            encoder = None
+            data, key = file.unit(number)
+            codec, nals = file.codec, split_nals(data)
+            if key and not (found := ParameterSets.find(nals, codec)).sps:
+                sets = self.parameter_sets()
+                nals = [*sets.vps, *sets.sps, *sets.pps, *nals]
+                del found
+        else:
+            image = self._picture(source, number)
+            if encoder is None or encoder.shape != image.shape[:2]:
+                encoder = Encoder(self._codec, image.shape[1], image.shape[0], self.fps, self.bit_rate)
+                self._key_wanted = True
+            with self._lock:
+                asked, self._key_wanted = self._key_wanted, False
+            codec = self._codec
+            nals = encoder.encode(image, number, key=asked or number % max(1, round(self.fps)) == 0)
+            key = is_key(nals, codec)
+            gap = False  # an encoder refers to what it sent last, whatever its number
+        unit = AccessUnit(number, self.timestamp(number), key, payloads(nals, codec))
+        with self._lock:
+            viewers = list(self._viewers)
+        for viewer in viewers:
+            viewer.post(unit, gap=gap)
+        return encoder
