@@ -1,0 +1,137 @@
+"""The decoder for sources whose address holds a password: `python -m pipelines.decoder_child`.
+
+Reads one JSON object from stdin (uri, options, min_side_px, scale), so that nothing secret is in a command line or
+in the environment; decodes with PyAV; writes NUT with raw RGB video and the source's pts to stdout, as the ffmpeg
+command does, and lines like ffmpeg's to stderr. Ends with its parent, on SIGTERM, and when nobody reads any more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from fractions import Fraction
+from typing import Any
+from urllib.parse import urlsplit
+
+import av
+import av.error
+import av.logging
+from av.video.reformatter import Interpolation
+
+from pipelines.faults import redact
+
+PR_SET_PDEATHSIG = 1
+GRACE_S = 0.5
+CLOCK_HZ = 90_000
+TICK = Fraction(1, CLOCK_HZ)
+
+stopping = threading.Event()
+
+
+def say(level: str, text: str) -> None:
+    """One line on stderr, in ffmpeg's manner and without secrets."""
+    sys.stderr.write(f"[{level}] {redact(text)}\n")
+    sys.stderr.flush()
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def stop_on_sigterm() -> None:
+    """SIGTERM ends the loop at the next packet, and the process soon after when no packet comes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM})
+        stopping.set()
+        threading.Event().wait(GRACE_S)
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def scaled_size(width: int, height: int, min_side_px: int) -> tuple[int, int]:
+    """(width, height), even, aspect kept, with the short side at most min_side_px."""
+    factor = min(1.0, min_side_px / min(width, height))
+    return max(2, 2 * round(width * factor / 2)), max(2, 2 * round(height * factor / 2))
+
+
+def decode(job: dict[str, Any]) -> None:
+    """Open, decode, scale and write until the source ends."""
+    uri, min_side_px = str(job["uri"]), int(job["min_side_px"])
+    parts = urlsplit(uri)
+    if parts.hostname:  # libavformat does not say when the name is the trouble
+        socket.getaddrinfo(parts.hostname, parts.port or 554, type=socket.SOCK_STREAM)
+    source = av.open(uri, options=job["options"])
+    if not source.streams.video:
+        raise ValueError("no video stream")
+    video = source.streams.video[0]
+    video.thread_type = "NONE"
+    if job["low_delay"]:
+        video.codec_context.flags |= av.codec.context.Flags.low_delay
+    out: Any = None
+    size = before = (0, 0)
+    last = -1
+    with source:
+        for packet in source.demux(video):
+            if stopping.is_set():
+                break
+            try:
+                frames = packet.decode()
+            except (av.error.InvalidDataError, av.error.UndefinedError) as error:
+                say("error", f"error while decoding: {type(error).__name__}")
+                continue
+            for frame in frames:
+                if frame.pts is None:
+                    continue
+                if (frame.width, frame.height) != before:
+                    before = (frame.width, frame.height)
+                    size = size if out else scaled_size(*before, min_side_px)
+                    say("verbose", f"w:{before[0]} h:{before[1]} -> w:{size[0]} h:{size[1]}")
+                if out is None:
+                    out = av.open("pipe:1", "w", format="nut", options={"flush_packets": "1"})
+                    stream = out.add_stream("rawvideo", rate=CLOCK_HZ)
+                    stream.width, stream.height, stream.pix_fmt = *size, "rgb24"
+                    stream.codec_context.time_base = stream.time_base = TICK
+                if frame.is_corrupt:
+                    say("warning", "corrupt decoded frame")
+                picture = frame.reformat(*size, "rgb24", interpolation=Interpolation.FAST_BILINEAR)
+                # NUT wants rising times; a camera whose clock jumps back keeps its frames, as with ffmpeg
+                last = max(last + 1, round(frame.time * CLOCK_HZ))
+                picture.pts, picture.time_base = last, TICK
+                out.mux(stream.encode(picture))
+    if out is not None:
+        out.close()
+
+
+def main() -> int:
+    """Run one job; the exit code is 0 when the source ended by itself."""
+    job = json.load(sys.stdin)
+    die_with_parent(int(job["parent_pid"]))
+    stop_on_sigterm()
+    try:
+        decode(job)
+    except BrokenPipeError:
+        return 0
+    except socket.gaierror as error:
+        say("error", f"Failed to resolve hostname: {error.strerror}")
+    except av.error.FFmpegError as error:
+        say("error", f"{type(error).__name__}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        say("error", str(error))
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
