@@ -15,7 +15,7 @@ from tsm_core.shift import Start
 FP16_MAX = 65504.0
 
 
-class ArenaFull(WorldError):
+class ArenaFull(WorldError):  # noqa: N818
     """Every slot is taken; a stream must leave first."""
 
     reason = "arena_full"
@@ -192,8 +192,10 @@ class Arena:
         if self.start == "own" and any(flags := self._slots.fresh(rows)):
             fresh = torch.tensor(flags, device=self.device)
         flat = self._flat.index_select(0, index)  # (N, elements)
-        parts = flat.split(self._sizes, dim=1) if self._sizes else ()
-        layers = (part.unflatten(1, shape) for part, shape in zip(parts, self.spec, strict=True))
+        layers, begin = [], 0
+        for size, shape in zip(self._sizes, self.spec, strict=True):
+            layers.append(flat[:, begin : begin + size].view(-1, *shape))
+            begin += size
         return Held(tuple(layers), fresh)
 
     def scatter(self, slots: Sequence[Slot], held: Held | Sequence[Tensor]) -> None:
@@ -337,7 +339,7 @@ class WindowArena:
         index: list[int] = []
         for row, slot in zip(rows, slots, strict=True):
             index.extend(row * self.frames + position for position in self._order(self._slots.steps(slot)))
-        return self._ring.index_select(0, self._to_device(index)).unflatten(0, (len(rows), self.frames))
+        return self._ring.index_select(0, self._to_device(index)).view(-1, self.frames, *self.shape)
 
     def export(self, slot: Slot) -> Tensor:
         """A copy of the slot's ring, oldest frame first: float16 (elements,) on the CPU."""
@@ -349,13 +351,9 @@ class WindowArena:
         if tuple(state.shape) != (self.elements,):
             raise ShapeError(f"ring must be ({self.elements},), got {tuple(state.shape)}: another model's?")
         clip = state.to(self.device, self.dtype).view(self.frames, *self.shape)
-        # export wrote the positions in this order, repeats of the oldest included
+        # export read the positions in this order; repeats of the oldest frame fall on one position, all alike
         order = self._order(steps)
-        self._ring.index_copy_(
-            0,
-            self._to_device([row * self.frames + p for p in order[-min(steps, self.frames) :]]),
-            clip[-min(steps, self.frames) :],
-        ) if steps else None
+        self._ring.index_copy_(0, self._to_device([row * self.frames + position for position in order]), clip)
         self._next_entry[row] = self._next_result[row] = None
         self._slots.set_steps(slot, steps)
 

@@ -21,7 +21,7 @@ FC_STD = 0.001
 _running: ContextVar[Pass] = ContextVar("tsm_pass")
 
 
-class UnknownBackbone(CallerError):
+class UnknownBackbone(CallerError):  # noqa: N818
     """No backbone of this name."""
 
     reason = "unknown_backbone"
@@ -52,12 +52,13 @@ class ShiftedConv2d(nn.Conv2d):
         return shifted
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (frames, C, H, W), shifted as the running pass says, convolved."""
+        """The convolution of x (frames, C, H, W), shifted as the running pass says."""
         return super().forward(_running.get().shift(self.layer, x, self.fold_div))
 
     def extra_repr(self) -> str:
         """Conv2d's, and the shift."""
-        return f"{super().extra_repr()}, shifted layer {self.layer}, 1/{self.fold_div} of the channels"
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, shifted layer {self.layer}, 1/{self.fold_div} of the channels"
 
 
 class DropoutLinear(nn.Linear):
@@ -66,19 +67,20 @@ class DropoutLinear(nn.Linear):
     p: float = 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (frames, features) -> (frames, classes)."""
+        """Logits (frames, classes) of x (frames, features)."""
         return super().forward(functional.dropout(x, self.p, self.training))
 
 
-class SmallResNet(ResNet):
+class SmallResNet(ResNet):  # type: ignore[misc]
     """A ResNet of BasicBlocks [1, 2, 2, 2], 16 to 128 channels, 5x5 stride-2 stem and no max-pool: 0.7 M parameters."""
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+        with torch.device("meta"):  # every layer with weights is replaced below
+            super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
         self.inplanes = 16
         self.conv1 = nn.Conv2d(3, 16, kernel_size=5, stride=2, padding=2, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        self.maxpool = nn.Identity()
         self.layer1 = self._make_layer(BasicBlock, 16, 1)
         self.layer2 = self._make_layer(BasicBlock, 32, 2, stride=2)
         self.layer3 = self._make_layer(BasicBlock, 64, 2, stride=2)
@@ -106,7 +108,7 @@ def _mobilenet_slots(net: MobileNetV2) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _shift_layers(net: nn.Module, fold_div: int) -> None:
-    places = _resnet_slots(net) if isinstance(net, ResNet) else _mobilenet_slots(net)  # type: ignore[arg-type]
+    places = _resnet_slots(net) if isinstance(net, ResNet) else _mobilenet_slots(net)
     for layer, (parent, name) in enumerate(list(places)):
         setattr(parent, name, ShiftedConv2d.around(getattr(parent, name), layer, fold_div))
 
@@ -117,7 +119,7 @@ def _classifier(net: nn.Module, dropout: float) -> None:
         fc.p, net.fc = dropout, fc
         last: nn.Linear = fc
     else:
-        net.classifier[0].p = dropout  # type: ignore[index,union-attr,assignment]
+        net.classifier[0].p = dropout  # type: ignore[index,union-attr]
         last = net.classifier[1]  # type: ignore[index,assignment]
     nn.init.normal_(last.weight, std=FC_STD)
     nn.init.zeros_(last.bias)
@@ -134,7 +136,7 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {
 def build_backbone(
     name: str, num_classes: int, *, shifted: bool = True, fold_div: int = 8, dropout: float = 0.5
 ) -> nn.Module:
-    """torchvision's network with random weights, shifted layers and a fresh classifier: (frames, 3, H, W) -> logits.
+    """A torchvision network with random weights, shifted layers and a fresh classifier: (frames, 3, H, W) -> logits.
 
     Call it through `run`, which says what the shift does. `shifted=False` leaves the plain network, which sees single
     frames. A state_dict of torchvision's class loads strictly. Raises UnknownBackbone.

@@ -13,10 +13,10 @@ from tsm_core.backbones import build_backbone, run, shifted_layers, state_spec
 from tsm_core.errors import CallerError, ShapeError
 from tsm_core.preprocess import preprocess
 from tsm_core.recipes import Recipe
-from tsm_core.shift import ClipPass, StepPass
+from tsm_core.shift import ClipPass, ShiftMode, StepPass
 
 
-class NotSteppable(CallerError):
+class NotSteppable(CallerError):  # noqa: N818
     """A model that needs the future was asked to go frame by frame."""
 
     reason = "not_steppable"
@@ -69,9 +69,9 @@ class TSM(nn.Module):
         """Logits (N, T, K) of every frame, before consensus. clip (N, T, 3, H, W), normalised. Raises ShapeError."""
         if clip.ndim != 5 or clip.shape[2] != 3:
             raise ShapeError(f"clip must be (N, T, 3, H, W), got {tuple(clip.shape)}")
-        mode = "bi" if self.recipe.shift == "bi" else "uni"
+        mode: ShiftMode = "bi" if self.recipe.shift == "bi" else "uni"
         how = ClipPass(clip.shape[1], mode, self.recipe.start)
-        return run(self.net, clip.flatten(0, 1), how).unflatten(0, clip.shape[:2])
+        return run(self.net, clip.flatten(0, 1), how).view(*clip.shape[:2], -1)
 
     @torch.no_grad()
     def step(

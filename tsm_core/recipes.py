@@ -17,7 +17,7 @@ class RecipeError(CallerError):
     reason = "invalid_recipe"
 
 
-class UnknownRecipe(CallerError):
+class UnknownRecipe(CallerError):  # noqa: N818
     """No recipe of this name."""
 
     reason = "unknown_recipe"

@@ -68,7 +68,7 @@ def shift_clip(x: Tensor, fold_div: int = 8, mode: ShiftMode = "bi", start: Star
     if fold == 0 or len(offsets) * fold > x.shape[2]:
         raise ShapeError(f"clip must be (N, T, C, H, W) with C >= fold_div {fold_div}, got {tuple(x.shape)}")
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Move.apply(x, fold, offsets, start)  # type: ignore[no-any-return,no-untyped-call]
+        return _Move.apply(x, fold, offsets, start)  # type: ignore[no-any-return]
     return _move(x, fold, offsets, start)
 
 
@@ -101,8 +101,8 @@ class ClipPass:
         self.frames, self.mode, self.start = frames, mode, start
 
     def shift(self, layer: int, x: Tensor, fold_div: int) -> Tensor:
-        """x (N * T, C, H, W) -> same shape."""
-        clip = x.unflatten(0, (-1, self.frames))  # (N, T, C, H, W)
+        """Frames (N * T, C, H, W) -> same shape."""
+        clip = x.view(-1, self.frames, *x.shape[1:])  # (N, T, C, H, W)
         return shift_clip(clip, fold_div, self.mode, self.start).flatten(0, 1)
 
 
@@ -118,7 +118,7 @@ class StepPass:
         self._fresh = None if fresh is None else fresh.view(-1, 1, 1, 1)
 
     def shift(self, layer: int, x: Tensor, fold_div: int) -> Tensor:
-        """x (N, C, H, W) -> same shape."""
+        """Frames (N, C, H, W) -> same shape."""
         held = self.held[layer]
         if self._fresh is not None:
             held = torch.where(self._fresh, x[:, : held.shape[1]], held.to(x.dtype))
@@ -133,6 +133,6 @@ class MeasurePass:
         self.spec: list[tuple[int, int, int]] = []
 
     def shift(self, layer: int, x: Tensor, fold_div: int) -> Tensor:
-        """X as it is."""
+        """The input as it is."""
         self.spec.append((x.shape[1] // fold_div, x.shape[2], x.shape[3]))
         return x
