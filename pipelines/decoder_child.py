@@ -91,8 +91,6 @@ def decode(job: dict[str, Any]) -> None:
                 say("error", f"error while decoding: {type(error).__name__}")
                 continue
             for frame in frames:
-                if frame.pts is None:
-                    continue
                 if (frame.width, frame.height) != before:
                     before = (frame.width, frame.height)
                     size = size if out else scaled_size(*before, min_side_px)
@@ -106,7 +104,7 @@ def decode(job: dict[str, Any]) -> None:
                     say("warning", "corrupt decoded frame")
                 picture = frame.reformat(*size, "rgb24", interpolation=Interpolation.FAST_BILINEAR)
                 # NUT wants rising times; a camera whose clock jumps back keeps its frames, as with ffmpeg
-                last = max(last + 1, round(frame.time * CLOCK_HZ))
+                last = max(last + 1, round((frame.time or 0.0) * CLOCK_HZ))
                 picture.pts, picture.time_base = last, TICK
                 out.mux(stream.encode(picture))
     if out is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ from tsm_core.types import Frame
 
 logger = logging.getLogger(__name__)
 
+Timed = tuple[Tensor, float, float]  # image uint8 (3, H, W), pts in seconds, arrival in Unix time
 State = Literal["STARTING", "RUNNING", "RESTARTING", "FAILED", "ENDED"]
 CLOCK_HZ = 90_000  # of the NUT stream; RTP's own for video, so that a camera's pts stay exact
 LOOP = "LOOP"  # no fault: a looped file whose decoder cannot go back begins again
@@ -231,6 +233,7 @@ def decoder_command(config: SourceConfig) -> list[str]:
             enc_time_base=f"1:{CLOCK_HZ}",
             vcodec="rawvideo",
             pix_fmt="rgb24",
+            threads=1,  # more would make the raw "encoder" hold frames back, one per thread
             flush_packets=1,
             format="nut",
         )
@@ -287,8 +290,8 @@ class Decoder:
         self._listener = threading.Thread(target=self._listen, name=f"{config.stream_id}-stderr", daemon=True)
         self._listener.start()
 
-    def frames(self) -> Iterator[tuple[Tensor, float]]:
-        """(image uint8 (3, H, W), pts in seconds) until the child ends; a child that gives nothing gives no frame."""
+    def frames(self) -> Iterator[Timed]:
+        """The pictures with their times until the child ends; a child that gives nothing gives no frame."""
         assert self.process.stdout is not None
         options = {"fpsprobesize": "0", "analyzeduration": "0", "probesize": "32"}
         try:
@@ -303,7 +306,7 @@ class Decoder:
                     if packet.size == 3 * width * height and packet.pts is not None:
                         # the packet's own memory, (H, W, 3), seen as (3, H, W)
                         image = torch.frombuffer(packet, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
-                        yield image, packet.pts * clock
+                        yield image, packet.pts * clock, time.time()
             except av.FFmpegError:
                 return  # cut off in the middle of a frame
 
@@ -384,6 +387,21 @@ def _child_job(config: SourceConfig) -> tuple[list[str], bytes]:
 def _python_path() -> str:
     root = str(Path(__file__).resolve().parent.parent)
     return os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
+
+
+def _mend_first_pts(frames: Iterator[Timed]) -> Iterator[Timed]:
+    """The same frames, where a first pts of 0 is replaced by what the next two frames tell.
+
+    libavformat knows no time for the first picture of an RTSP session, and the decoders then say 0.
+    """
+    first = list(itertools.islice(frames, 1))
+    if first and first[0][1] == 0.0:
+        first += itertools.islice(frames, 2)
+    if len(first) == 3:
+        (image, _, arrival_s), (_, second_s, _), (_, third_s, _) = first
+        first[0] = (image, max(0.0, 2 * second_s - third_s), arrival_s)
+    yield from first
+    yield from frames
 
 
 class _Gaps:
@@ -572,8 +590,8 @@ class Source:
         began = time.monotonic()
         config = self.config
         try:
-            for image, pts_s in decoder.frames():
-                arrival_s = time.time()
+            frames = decoder.frames()
+            for image, pts_s, arrival_s in frames if config.is_file else _mend_first_pts(frames):
                 if first_pts_s is None:
                     first_pts_s = pts_s
                     offset_s = self._pts_end_s - pts_s if config.is_file and self._pts_end_s else 0.0
@@ -637,7 +655,7 @@ def iter_file(path: str | Path, min_side_px: int = 256, stream_id: str = "file")
     decoder = Decoder(config)
     number = 0
     try:
-        for image, pts_s in decoder.frames():
+        for image, pts_s, _ in decoder.frames():
             size = decoder.size() or (image.shape[2], image.shape[1])
             yield Frame(stream_id, number, image, pts_s, pts_s, size)
             number += 1
