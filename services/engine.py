@@ -1,0 +1,564 @@
+"""One replica: streams in, one batch at a time through the models, events out. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pipelines.sources import Source
+from services.batcher import Batcher, Row
+from services.frame_queue import FrameQueue
+from services.previews import Previews
+from services.schemas import Lease, ReplicaInfo, StreamSpec
+from services.session import ModelNotLoaded, OpenSource, Served, Session
+from services.settings import Settings
+from services.sinks import Outlet, Publisher
+from services.snapshots import Snapshot, encode_snapshot
+from services.store import StaleLease, StateStore
+from services.telemetry import EngineFigures, Telemetry
+from tsm_core.arena import ArenaFull
+from tsm_core.checkpoints import load_model
+from tsm_core.errors import TSMError, WorldError
+from tsm_core.model import TSM, WindowTSM
+from tsm_core.zoo import find_model
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.25
+METRICS_S = 2.0
+STUCK_S = 5.0
+TAKE_S = 0.2  # how often an idle loop shows that it lives
+
+
+class EngineUnhealthy(WorldError):  # noqa: N818
+    """The replica does not do its work any more and must be replaced."""
+
+    reason = "engine_unhealthy"
+
+
+class StepLock:
+    """A lock between the batching loop and everybody who touches its slots: the loop lets the others go first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition()
+        self._guests = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """For the batching loop."""
+        with self._quiet:
+            self._quiet.wait_for(lambda: not self._guests, 0.05)
+        with self._lock:
+            yield
+
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """For everybody else: between two steps."""
+        with self._quiet:
+            self._guests += 1
+        try:
+            with self._lock:
+                yield
+        finally:
+            with self._quiet:
+                self._guests -= 1
+                self._quiet.notify_all()
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` becomes cuda where there is one, else cpu."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Engine:
+    """Serves the streams whose leases name this replica.
+
+    Its threads: the batching loop; control (leases to sessions); heartbeat; publisher; keeper (snapshots, metrics);
+    previews. The store may be down at any time: frames go on through the models, writes wait or are counted.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: StateStore,
+        replica_id: str,
+        models: Mapping[str, TSM | WindowTSM] | None = None,
+        *,
+        open_source: OpenSource = Source,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.id = replica_id
+        self.device = pick_device(settings.engine.device)
+        self.sessions: dict[str, Session] = {}
+        self.batcher = Batcher(settings.engine.max_batch, settings.engine.max_wait_ms / 1000)
+        self.publisher = Publisher(store)
+        self.telemetry = Telemetry(self.figures)
+        self.served: dict[str, Served] = {}
+        self._models = models
+        self._open_source = open_source
+        self._previews = Previews(store, lambda: list(self.sessions.values()), settings.preview)
+        self._by_queue: dict[FrameQueue, Session] = {}
+        self._outlets: dict[Session, Outlet] = {}
+        self._refused: set[Session] = set()
+        self._lock = StepLock()
+        self._changing = threading.Lock()  # one change of `sessions` at a time
+        self._stopping = threading.Event()
+        self._silent = threading.Event()  # no heartbeats any more
+        self._draining = False
+        self._started_s = 0.0
+        self._progress_s = time.monotonic()
+        self._save_after_s = 0.0
+        self._store_errors: Counter[str] = Counter()
+        self._died: tuple[str, BaseException] | None = None
+        self._threads: list[threading.Thread] = []
+        self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix=f"{replica_id}-close")
+
+    # ---- life
+
+    def start(self) -> None:
+        """Load the models and begin to work. Raises UnknownModel, ModelFileError."""
+        torch.set_num_threads(self.settings.engine.threads)
+        self._started_s = time.time()
+        models = self._models if self._models is not None else self._load()
+        slots = self.settings.engine.slots
+        self.served = {name: Served(name, model, slots) for name, model in models.items()}
+        for served in self.served.values():
+            served.warm_up()
+        self.publisher.start()
+        for name, work in (
+            ("batching", self._batch_loop),
+            ("heartbeat", self._heartbeat_loop),
+            ("control", self._control_loop),
+            ("keeper", self._keeper_loop),
+            ("previews", lambda: self._previews.run(self._stopping)),
+        ):
+            thread = threading.Thread(target=self._guard, args=(name, work), name=f"{self.id}-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def drain(self) -> None:
+        """Hand everything over: no new streams, cameras closed, states saved, the rest published, replica retired."""
+        with self._changing:
+            if self._draining:
+                return
+            self._draining = True
+            sessions = list(self.sessions.values())
+        self._heartbeat()
+        list(self._pool.map(lambda session: session.stop_source(0.5), sessions))
+        until_s = time.monotonic() + 0.1
+        while any(session.queue.waiting for session in sessions) and time.monotonic() < until_s:
+            time.sleep(0.005)
+        list(self._pool.map(self._hand_over, sessions))
+        self._silent.set()
+        try:
+            self.store.retire(self.id)
+        except WorldError as error:
+            log.warning("%s could not retire, its heartbeat runs out instead: %s", self.id, error)
+
+    def stop(self) -> None:
+        """Drain, then end every thread and child."""
+        if self._started_s:
+            self.drain()
+        self._stopping.set()
+        self._silent.set()
+        self.batcher.close()
+        for session in list(self.sessions.values()):
+            self._close(session, "moved")
+        for thread in self._threads:
+            thread.join(5.0)
+        self._pool.shutdown(wait=True)
+        self.publisher.stop()
+
+    def healthy(self) -> None:
+        """Return while the replica works. Raises EngineUnhealthy."""
+        if self._died is not None:
+            name, error = self._died
+            raise EngineUnhealthy(f"thread {name} of {self.id} ended: {type(error).__name__}: {error}")
+        dead = [thread.name for thread in self._threads if not thread.is_alive()]
+        if dead and not self._stopping.is_set():
+            raise EngineUnhealthy(f"threads {', '.join(dead)} of {self.id} ended")
+        if self._threads and not self.publisher.alive and not self._stopping.is_set():
+            raise EngineUnhealthy(f"the publisher of {self.id} ended")
+        since_s = self.batcher.waiting_since_s
+        idle_s = time.monotonic() - max(self._progress_s, since_s if since_s is not None else math.inf)
+        if idle_s > STUCK_S:
+            raise EngineUnhealthy(f"the batching loop of {self.id} made no progress for {idle_s:.1f} s")
+
+    # ---- the road of a frame
+
+    def run_once(self, timeout_s: float = TAKE_S) -> int:
+        """One batch from the queues to the outlets; how many frames."""
+        rows = self.batcher.take(timeout_s)  # one frame per stream keeps time in order
+        self._progress_s = time.monotonic()
+        if not rows:
+            return 0
+        with self._lock.step():
+            live = [(session, row) for row in rows if (session := self._session_of(row)) is not None]
+            for served in self.served.values():
+                group = [(session, row) for session, row in live if served.name in session.analytics]
+                if group:
+                    self._step(served, group)  # reads and writes shift state in its slots
+            for session, row in live:
+                if not session.frozen:
+                    session.done(row.waiting)
+                else:
+                    row.queue.done("failed" if session.failed else "closed")
+        self._progress_s = time.monotonic()
+        return len(rows)
+
+    def _session_of(self, row: Row) -> Session | None:
+        session = self._by_queue.get(row.queue)
+        if session is None or session.frozen:
+            row.queue.done("closed")
+            return None
+        self.telemetry.stage("queue", time.monotonic() - row.waiting.arrived_s)
+        return session
+
+    def _step(self, served: Served, group: Sequence[tuple[Session, Row]]) -> None:
+        """Step one model over its rows and hand on what they tell. A row that throws fails its own stream alone."""
+        group = [(session, row) for session, row in group if not session.frozen]
+        ready = [(session, row) for session, row in group if self._follow(served, session, row)]
+        if not ready:
+            return
+        try:
+            logits = self._infer(served, ready)
+        except Exception as error:  # noqa: BLE001  whose fault it is, is found out below
+            logits = self._one_by_one(served, ready, error)
+        began_s = time.monotonic()
+        for (session, row), values in zip(ready, logits, strict=True):
+            if values is None:
+                continue
+            try:
+                result = session.update(served.name, values, row.frame)
+            except Exception as error:  # noqa: BLE001  one stream's analytics must not hurt the others
+                self._fail(session, "ANALYTICS_FAILED", error)
+                continue
+            self._outlets[session].emit(result.events, result.scores, row.waiting.arrived_s)
+        self.telemetry.stage("track", (time.monotonic() - began_s) / len(ready))
+
+    def _follow(self, served: Served, session: Session, row: Row) -> bool:
+        try:
+            self._outlets[session].emit(session.follow(served.name, row.frame))
+        except Exception as error:  # noqa: BLE001
+            self._fail(session, "ANALYTICS_FAILED", error)
+            return False
+        return True
+
+    def _infer(self, served: Served, ready: Sequence[tuple[Session, Row]]) -> list[list[float] | None]:
+        began_s = time.monotonic()
+        pixels = served.model.preprocess([row.frame.image for _, row in ready])  # (N, 3, h, w), on the device
+        ready_s = time.monotonic()
+        slots = [session.analytics[served.name].slot for session, _ in ready]
+        logits = served.step(pixels, slots, [row.frame.time_s for _, row in ready])
+        self.telemetry.stage("preprocess", ready_s - began_s)
+        self.telemetry.stage("infer", time.monotonic() - ready_s)
+        self.telemetry.step(served.name, len(ready))
+        return list(logits)
+
+    def _one_by_one(
+        self, served: Served, ready: Sequence[tuple[Session, Row]], error: Exception
+    ) -> list[list[float] | None]:
+        """The rows of a batch that threw, each alone: the guilty ones give None and fail their streams."""
+        log.warning("a step of %s with %d rows failed: %s", served.name, len(ready), error)
+        logits: list[list[float] | None] = []
+        for session, row in ready:
+            try:
+                logits += self._infer(served, [(session, row)])
+            except Exception as own:  # noqa: BLE001
+                self._fail(session, "STEP_FAILED", own)
+                logits.append(None)
+        if len(ready) > 1 and all(row is None for row in logits):
+            raise EngineUnhealthy(f"every row of a step of {served.name} failed: {error}") from error
+        return logits
+
+    def _fail(self, session: Session, code: str, error: Exception) -> None:
+        log.error("%s: %s", session.id, code, exc_info=error)
+        self.telemetry.failure(code.lower())
+        self.batcher.leave(session.queue)
+        reason = error.reason if isinstance(error, TSMError) else type(error).__name__
+        session.fail(code, f"{reason}: {error}")
+        self._submit(session.stop_source, 3.0)
+
+    # ---- sessions
+
+    def reconcile(self) -> None:
+        """Make the sessions what the leases say. Raises StoreDown."""
+        leases = self.store.leases()
+        mine = {stream_id: lease for stream_id, lease in leases.items() if lease.owner == self.id}
+        specs = {spec.id: spec for spec in self.store.list_streams()} if mine or self.sessions else {}
+        with self._changing:
+            if self._draining:
+                return
+            for session in list(self.sessions.values()):
+                lease, spec = mine.get(session.id), specs.get(session.id)
+                if lease is None or spec is None:
+                    self._close(session, "moved" if session.id in leases else "stopped")
+                elif lease.epoch != session.lease.epoch or session in self._refused:
+                    self._close(session, "moved")
+                elif spec.revision != session.spec.revision:
+                    self._save(session)
+                    self._close(session, "changed")
+                elif session.ended:
+                    self._finish(session)
+            for stream_id, lease in mine.items():
+                if stream_id not in self.sessions and stream_id in specs:
+                    self._open(specs[stream_id], lease)
+
+    def _open(self, spec: StreamSpec, lease: Lease) -> None:
+        blob, before = self.store.load(spec.id), self.store.status(spec.id)
+        try:
+            with self._lock.between():
+                session = Session(
+                    spec, lease, self.served, self.settings, on_ready=self.batcher.ready, on_change=self._announce
+                )
+                session.resume(blob, before)
+        except ArenaFull as error:
+            log.warning("%s: %s", spec.id, error)  # a session that is closing gives its slot back: next time
+            return
+        except ModelNotLoaded as error:
+            log.error("%s: %s", spec.id, error)
+            self._refuse_open(spec, lease, error)
+            return
+        outlet = self.publisher.open(
+            lease,
+            session.status,
+            on_published=lambda seconds: self._published(session, seconds),
+            on_refused=lambda: self._refused.add(session),
+        )
+        self._outlets[session] = outlet
+        self._by_queue[session.queue] = session
+        self.sessions[spec.id] = session
+        self.batcher.open(session.queue)
+        self.telemetry.restored(session.restored.mode)
+        log.info(
+            "%s: epoch %d, %s start at frame %d %s",
+            spec.id,
+            lease.epoch,
+            session.restored.mode,
+            session.first_number,
+            session.note,
+        )
+        session.start(self._open_source)
+
+    def _refuse_open(self, spec: StreamSpec, lease: Lease, error: ModelNotLoaded) -> None:
+        """A session that has failed from the start, so that its status says why."""
+        bare = spec.model_copy(update={"models": ()})
+        try:
+            with self._lock.between():
+                session = Session(
+                    bare, lease, self.served, self.settings, on_ready=self.batcher.ready, on_change=self._announce
+                )
+        except (ArenaFull, ModelNotLoaded):
+            return
+        session.spec = spec
+        outlet = self.publisher.open(lease, session.status, lambda _: None, lambda: self._refused.add(session))
+        self._outlets[session] = outlet
+        self.sessions[spec.id] = session
+        session.fail("MODEL_NOT_LOADED", str(error))
+
+    def _close(self, session: Session, why: str) -> None:
+        """Let go of a stream: `moved` to another replica or lease, `stopped` by a person, `changed` and opened anew."""
+        session.queue.close()
+        self.batcher.leave(session.queue)
+        with self._lock.between():
+            ends = session.finish() if why == "stopped" else []
+            session.free()
+        self.sessions.pop(session.id, None)
+        self._by_queue.pop(session.queue, None)
+        self._refused.discard(session)
+        self._submit(self._end, session, why, ends)
+
+    def _end(self, session: Session, why: str, ends: list[dict[str, Any]]) -> None:
+        """The slow part of closing."""
+        session.stop_source()
+        event = session.settle("STOPPED") if why == "stopped" else None
+        outlet = self._outlets.pop(session)
+        outlet.close()
+        self.telemetry.forget(session.id)
+        if event is not None:
+            try:
+                # nobody owns it any more: fenced writes are over, and a stream that was deleted refuses this one
+                self.store.announce(session.id, session.status(), events=[*ends, event])
+            except StaleLease:
+                log.debug("%s: has a new owner or is gone", session.id)
+            except WorldError as error:
+                self._store_errors["announce"] += 1
+                log.warning("%s: the end could not be announced: %s", session.id, error)
+
+    def _finish(self, session: Session) -> None:
+        with self._lock.between():
+            events = session.finish()
+        if events:
+            self._outlets[session].emit(events)
+
+    def _hand_over(self, session: Session) -> None:
+        """Save, publish what is left, give the lease back: the next owner goes on where this one stopped."""
+        session.queue.close()
+        self.batcher.leave(session.queue)
+        with self._lock.between():
+            failed, session.frozen = session.failed, True
+            snapshot = session.export()
+        self._store_snapshot(session, snapshot)
+        outlet = self._outlets.get(session)
+        if outlet is None:
+            return
+        if not failed:
+            event = session.settle("RESTARTING", "moving to another replica")
+            outlet.announce([event] if event else [])
+        self.publisher.flush(0.3)
+        try:
+            self.store.release(session.lease)
+        except WorldError as error:
+            log.warning("%s: could not give the lease back: %s", session.id, error)
+
+    def _announce(self, session: Session, event: dict[str, Any]) -> None:
+        outlet = self._outlets.get(session)
+        if outlet is not None:
+            outlet.announce([event])
+
+    def _published(self, session: Session, seconds: float) -> None:
+        session.published(seconds)
+        self.telemetry.published(session.id, seconds)
+        self.telemetry.stage("publish", seconds)
+
+    def _submit(self, work: Callable[..., Any], *args: Any) -> None:
+        try:
+            self._pool.submit(work, *args)
+        except RuntimeError:  # the pool is closed: the engine is stopping
+            work(*args)
+
+    # ---- snapshots
+
+    def save_due(self) -> bool:
+        """Save the state that waited longest, if it is due and the byte budget allows; True when one was saved."""
+        now_s = time.monotonic()
+        if now_s < self._save_after_s:
+            return False
+        due = [
+            session
+            for session in list(self.sessions.values())
+            if not session.frozen and now_s - session.saved_s >= self.settings.engine.checkpoint_interval_s
+        ]
+        if not due:
+            return False
+        return self._save(min(due, key=lambda session: session.saved_s))
+
+    def _save(self, session: Session) -> bool:
+        with self._lock.between():
+            snapshot = None if session.frozen else session.export()
+        return self._store_snapshot(session, snapshot)
+
+    def _store_snapshot(self, session: Session, snapshot: Snapshot | None) -> bool:
+        if snapshot is None:
+            session.saved_s = time.monotonic()  # nothing new: look again after an interval
+            return False
+        blob = encode_snapshot(snapshot)
+        self._save_after_s = time.monotonic() + len(blob) / self.settings.engine.checkpoint_bytes_per_s
+        try:
+            self.store.save(session.lease, blob)
+        except StaleLease:
+            self.telemetry.not_saved("refused")
+            self._refused.add(session)
+        except WorldError as error:
+            self.telemetry.not_saved("unavailable")
+            self._store_errors["save"] += 1
+            session.saved_s = time.monotonic()
+            log.debug("%s: state not saved: %s", session.id, error)
+        else:
+            session.saved(snapshot.frame_number)
+            self.telemetry.saved(len(blob))
+            return True
+        return False
+
+    # ---- threads
+
+    def _guard(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            log.exception("thread %s of %s ended", name, self.id)
+            self._died = (name, error)
+
+    def _batch_loop(self) -> None:
+        while not self._stopping.is_set():
+            self.run_once()
+
+    def _heartbeat_loop(self) -> None:
+        every_s = min(HEARTBEAT_S, self.settings.engine.heartbeat_ttl_ms / 4000)
+        while not self._silent.is_set():
+            self._heartbeat()
+            self._silent.wait(every_s)
+
+    def _heartbeat(self) -> None:
+        info = ReplicaInfo(
+            id=self.id,
+            pid=os.getpid(),
+            node=socket.gethostname(),
+            device=self.device,
+            slots_total=self.settings.engine.slots,
+            slots_used=len(self.sessions),
+            draining=self._draining,
+            started_at=self._started_s,
+        )
+        try:
+            self.store.heartbeat(info, self.settings.engine.heartbeat_ttl_ms)
+        except WorldError:
+            self._store_errors["heartbeat"] += 1
+
+    def _control_loop(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.reconcile()
+            except WorldError as error:  # streams go on as they are until the store is back
+                self._store_errors["reconcile"] += 1
+                log.debug("%s cannot read the leases: %s", self.id, error)
+            self._stopping.wait(self.settings.engine.reconcile_s)
+
+    def _keeper_loop(self) -> None:
+        told_s = 0.0
+        while not self._stopping.wait(0.02):
+            while not self._stopping.is_set() and self.save_due():
+                pass
+            if time.monotonic() - told_s >= METRICS_S:
+                told_s = time.monotonic()
+                try:
+                    self.store.put_metrics(self.id, self.telemetry.text(), 3 * METRICS_S)
+                except WorldError:
+                    self._store_errors["put_metrics"] += 1
+
+    # ---- what is
+
+    def figures(self) -> EngineFigures:
+        """What the replica counts."""
+        sessions = list(self.sessions.values())
+        return EngineFigures(
+            streams=tuple(session.figures() for session in sessions),
+            slots_used=len(sessions),
+            slots_total=self.settings.engine.slots,
+            queued=sum(session.queue.queued for session in sessions),
+            publish_queue=self.publisher.queue_length,
+            events_lost=self.publisher.events_lost,
+            scores_lost=self.publisher.scores_lost,
+            store_errors=dict(self._store_errors),
+        )
+
+    def _load(self) -> dict[str, TSM | WindowTSM]:
+        return {
+            model.name: load_model(find_model(model.name, model.path), self.device)
+            for model in self.settings.engine.models
+        }
