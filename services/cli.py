@@ -1,0 +1,445 @@
+"""The tsm command: serve, look at streams, follow events, run a file, check the machine."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import httpx
+import typer
+from typer.core import TyperGroup
+
+from services.settings import load_settings
+from tsm_core.checkpoints import read_card
+from tsm_core.errors import CallerError, TSMError, WorldError
+from tsm_core.zoo import available_models
+
+EXIT_CALLER, EXIT_WORLD = 2, 3
+PROBE_WAIT_S = 30.0
+
+
+class RemoteRefusal(CallerError):  # noqa: N818
+    """The service refused the request; `reason` is the service's."""
+
+
+class RemoteTrouble(WorldError):  # noqa: N818
+    """The service could not do it now; `reason` is the service's."""
+
+
+class NoServer(WorldError):  # noqa: N818
+    """Nothing answers at the service's address."""
+
+    reason = "server_unreachable"
+
+
+class NotRunning(WorldError):  # noqa: N818
+    """The stream did not run in time."""
+
+    reason = "stream_not_running"
+
+
+class Commands(TyperGroup):
+    """Commands whose errors become one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run; 2 for what the caller must change, 3 for what may work later."""
+        try:
+            return super().invoke(ctx)
+        except TSMError as error:
+            typer.echo(f"error: {error} (reason: {error.reason})", err=True)
+            raise typer.Exit(EXIT_WORLD if isinstance(error, WorldError) else EXIT_CALLER) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Live video analytics: streams in, actions out.",
+)
+streams_app = typer.Typer(no_args_is_help=True, help="Streams of a running service.")
+events_app = typer.Typer(no_args_is_help=True, help="Events of a running service.")
+models_app = typer.Typer(no_args_is_help=True, help="Models at hand.")
+app.add_typer(streams_app, name="streams")
+app.add_typer(events_app, name="events")
+app.add_typer(models_app, name="models")
+
+Server = Annotated[str, typer.Option("--server", envvar="TSM_SERVER", help="address of the service")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+StreamArg = Annotated[str, typer.Argument(metavar="ID", help="id of the stream")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="tsm.yaml to read")]
+UriOption = Annotated[str, typer.Option("--uri", help="rtsp://, rtsps:// or file:// address")]
+UserOption = Annotated[str | None, typer.Option("--username", help="user name at the camera")]
+PasswordPrompt = Annotated[bool, typer.Option("--password", help="ask for the camera's password")]
+PasswordStdin = Annotated[bool, typer.Option("--password-stdin", help="read the camera's password from stdin")]
+Transport = Annotated[str, typer.Option("--transport", help="tcp or udp")]
+LOCAL = "http://127.0.0.1:8000"
+
+
+def main() -> None:
+    """Entry point of the `tsm` command."""
+    app()
+
+
+# the service
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="address to listen on; default 127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one")] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Serve streams until SIGINT or SIGTERM."""
+    overrides = {name: value for name, value in (("server.host", host), ("server.port", port)) if value is not None}
+    settings = load_settings(config, overrides)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    from services.app import run_service
+
+    service = run_service(settings)
+    try:
+        typer.echo(f"tsm-live serves {service.address} (page, API and metrics); Ctrl-C ends it")
+        while not stop.wait(0.5):  # short waits: a signal is handled between them
+            pass
+        typer.echo("stopping: shift states are saved first")
+    finally:
+        service.stop()
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float | None, typer.Option(help="end after so long with a score; default: until Ctrl-C")] = None,
+) -> None:
+    """Serve simulated cameras, show their events, score the results."""
+    from services.demo import run
+
+    raise typer.Exit(run(seconds))
+
+
+@app.command()
+def infer(
+    file: Annotated[Path, typer.Argument(help="video file")],
+    model: Annotated[str, typer.Option("--model", help="name of the model")] = "motion9",
+    as_json: Annotated[bool, typer.Option("--json", help="print every score and event as one JSON line")] = False,
+    annotate: Annotated[Path | None, typer.Option(help="write the video with the labels on it")] = None,
+) -> None:
+    """Recognise actions in a file, the same way as on a stream, without a service."""
+    from pipelines.infer import infer_file
+
+    for result in infer_file(file, model, annotate=annotate):
+        typer.echo(json.dumps(result) if as_json else str(result))
+
+
+# streams
+
+
+@streams_app.command("add")
+def add_stream(
+    uri: UriOption,
+    stream_id: Annotated[str | None, typer.Option("--id", help="default: one is made up")] = None,
+    name: Annotated[str, typer.Option(help="name to show")] = "",
+    username: UserOption = None,
+    password: PasswordPrompt = False,
+    password_stdin: PasswordStdin = False,
+    model: Annotated[list[str] | None, typer.Option("--model", help="default: the service's first model")] = None,
+    max_fps: Annotated[float | None, typer.Option(help="recognise at most so many frames a second")] = None,
+    transport: Transport = "tcp",
+    loop: Annotated[bool, typer.Option("--loop", help="files: begin again at the end")] = False,
+    no_probe: Annotated[bool, typer.Option("--no-probe", help="register it even if it does not answer")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="return when it runs")] = False,
+    wait_s: Annotated[float, typer.Option("--wait-s", help="longest wait")] = 15.0,
+    as_json: Json = False,
+    server: Server = LOCAL,
+) -> None:
+    """Register a stream. Its password comes from a prompt, stdin or TSM_STREAM_PASSWORD."""
+    source = _source(uri, username, password, password_stdin, transport)
+    body: dict[str, Any] = {"name": name, "source": {**source, "loop": loop}}
+    if stream_id is not None:
+        body["id"] = stream_id
+    if model:
+        body["models"] = [{"name": one} for one in model]
+    if max_fps is not None:
+        body["max_fps"] = max_fps
+    began = time.monotonic()
+    view = _ask(server, "POST", "/v1/streams", json=body, params={"probe": str(not no_probe).lower()})
+    while wait and view["status"]["state"] not in ("RUNNING", "ENDED"):
+        status = view["status"]
+        if status["state"] == "FAILED" or time.monotonic() - began > wait_s:
+            said = f": {status['status_message']}" if status["status_message"] else ""
+            raise NotRunning(f"stream {view['id']!r} is {status['state']} after {time.monotonic() - began:.1f} s{said}")
+        time.sleep(0.1)
+        view = _ask(server, "GET", _path(view["id"]))
+    _show(view, as_json, f"{view['id']}  {view['status']['state']}  {view['source']['uri']}")
+
+
+@streams_app.command("list")
+def list_streams(as_json: Json = False, server: Server = LOCAL) -> None:
+    """All streams."""
+    found = _ask(server, "GET", "/v1/streams")["streams"]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [("ID", "STATE", "FPS", "P50 MS", "LABEL", "SOURCE")] + [_row(view) for view in found]
+    _table(rows)
+
+
+@streams_app.command("get")
+def get_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
+    """One stream: what should be, and what is."""
+    view = _ask(server, "GET", _path(stream_id))
+    if as_json:
+        typer.echo(json.dumps(view))
+        return
+    status = view.pop("status")
+    for title, values in (("stream", view), ("status", status)):
+        typer.echo(title)
+        for key, value in values.items():
+            if value not in (None, "", {}, []):
+                typer.echo(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+@streams_app.command("remove")
+def remove_stream(stream_id: StreamArg, server: Server = LOCAL) -> None:
+    """Forget a stream."""
+    _ask(server, "DELETE", _path(stream_id))
+    typer.echo(f"{stream_id}  removed")
+
+
+@streams_app.command("start")
+def start_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
+    """Serve a stopped stream again."""
+    view = _ask(server, "POST", _path(stream_id, "/start"))
+    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+
+
+@streams_app.command("stop")
+def stop_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
+    """Stop serving a stream; it stays registered."""
+    view = _ask(server, "POST", _path(stream_id, "/stop"))
+    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+
+
+@streams_app.command("watch")
+def watch_stream(
+    stream_id: StreamArg,
+    count: Annotated[int, typer.Option(help="end after so many lines; 0: until Ctrl-C")] = 0,
+    every_s: Annotated[float, typer.Option("--every-s", min=0.1, help="seconds between two lines")] = 1.0,
+    as_json: Json = False,
+    server: Server = LOCAL,
+) -> None:
+    """Print a stream's status again and again."""
+    lines = 0
+    while True:
+        status = _ask(server, "GET", _path(stream_id, "/status"))
+        if as_json:
+            typer.echo(json.dumps(status))
+        else:
+            latency = status["latency_ms"]["p50"] if status["latency_ms"] else "-"
+            typer.echo(
+                f"{time.strftime('%H:%M:%S')}  {status['state']:<10}  {status['fps']:5.1f} fps  p50 {latency} ms  "
+                f"processed {status['processed']}  dropped {sum(status['dropped'].values())}  "
+                f"{status['label'] or ''}  {status['status_message']}".rstrip()
+            )
+        lines += 1
+        if lines == count:
+            return
+        time.sleep(every_s)
+
+
+@streams_app.command("probe")
+def probe_stream(
+    uri: UriOption,
+    username: UserOption = None,
+    password: PasswordPrompt = False,
+    password_stdin: PasswordStdin = False,
+    transport: Transport = "tcp",
+    snapshot: Annotated[Path | None, typer.Option(help="write the picture to this file")] = None,
+    as_json: Json = False,
+    server: Server = LOCAL,
+) -> None:
+    """Try a source, stage by stage, without registering it."""
+    import base64
+
+    source = _source(uri, username, password, password_stdin, transport)
+    result = _ask(server, "POST", "/v1/streams:probe", json={"source": source})
+    if snapshot is not None and result["snapshot"]:
+        snapshot.write_bytes(base64.b64decode(result["snapshot"]))
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        for stage in result["stages"]:
+            typer.echo(
+                f"{'ok  ' if stage['ok'] else 'FAIL'}  {stage['name']:<10} {stage['ms']:7.1f} ms  {stage['detail']}"
+            )
+        if result["ok"]:
+            typer.echo(f"video: {result['codec']} {result['width']}x{result['height']} {result['fps'] or '?'} fps")
+    if not result["ok"]:
+        hint = f"; {result['hint']}" if result["hint"] else ""
+        raise RemoteRefusal(f"{result['message']}{hint}", reason=(result["error_code"] or "probe_failed").lower())
+
+
+# events and models
+
+
+@events_app.command("tail")
+def tail_events(
+    stream: Annotated[str | None, typer.Option("--stream", help="only this stream's; survives interruptions")] = None,
+    after: Annotated[int | None, typer.Option(help="with --stream: begin behind this sequence")] = None,
+    count: Annotated[int, typer.Option(help="end after so many events; 0: until Ctrl-C")] = 0,
+    as_json: Json = False,
+    server: Server = LOCAL,
+) -> None:
+    """Print events as they happen."""
+    for number, event in enumerate(_events(server, stream, after), 1):
+        if as_json:
+            typer.echo(json.dumps(event))
+        else:
+            data = event["data"]
+            what = (
+                f"{data['label']} {data['score']:.2f}"
+                if "label" in data
+                else f"{data.get('before')} -> {data.get('after')}"
+            )
+            typer.echo(f"{event['time']}  {data['stream_id']:<12} #{event['sequence']:<5} {event['type']:<24} {what}")
+        if number == count:
+            return
+
+
+@models_app.command("list")
+def list_models(as_json: Json = False) -> None:
+    """Models at hand on this machine."""
+    found = []
+    for name, path in sorted(available_models().items()):
+        recipe, card = read_card(path)
+        found.append(
+            {
+                "name": name,
+                "mode": "window" if recipe.shift == "bi" else "step",
+                "backbone": recipe.backbone,
+                "input_px": recipe.preprocess.input_px,
+                "labels": list(recipe.labels),
+                "file": str(path),
+                "card": card,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [("NAME", "MODE", "BACKBONE", "INPUT", "LABELS")]
+    rows += [(m["name"], m["mode"], m["backbone"], f"{m['input_px']} px", " ".join(m["labels"])) for m in found]
+    _table(rows)
+
+
+@app.command()
+def doctor(config: ConfigFile = None, as_json: Json = False) -> None:
+    """Check that this machine can serve; exit code 1 when it cannot."""
+    from services.doctor import examine
+
+    findings = examine(load_settings(config))
+    if as_json:
+        typer.echo(json.dumps([{"name": f.name, "verdict": f.verdict, "detail": f.detail} for f in findings]))
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.verdict:<4}  {finding.name:<10} {finding.detail}")
+    if any(finding.verdict == "FAIL" for finding in findings):
+        raise typer.Exit(1)
+
+
+# helpers
+
+
+def _source(uri: str, username: str | None, ask: bool, stdin: bool, transport: str) -> dict[str, Any]:
+    password: str | None = os.environ.get("TSM_STREAM_PASSWORD")
+    if stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    elif ask:
+        password = getpass.getpass("Password of the camera: ")
+    return {"uri": uri, "username": username, "password": password or None, "rtsp_transport": transport}
+
+
+def _path(stream_id: str, rest: str = "") -> str:
+    return f"/v1/streams/{quote(stream_id, safe='')}{rest}"
+
+
+def _ask(server: str, method: str, path: str, **request: Any) -> Any:
+    """The JSON answer of the service. Raises RemoteRefusal, RemoteTrouble, NoServer."""
+    try:
+        with httpx.Client(base_url=server, timeout=PROBE_WAIT_S, trust_env=False) as client:
+            answer = client.request(method, path, **request)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _unreachable(server, error) from None
+    _check(answer)
+    return answer.json() if answer.content else None
+
+
+def _check(answer: httpx.Response) -> None:
+    if answer.is_success:
+        return
+    try:
+        problem: Mapping[str, Any] = answer.json()
+        detail, reason = str(problem["detail"]), str(problem["reason"])
+    except (ValueError, KeyError, TypeError):
+        detail, reason = f"{answer.request.url.host} answered {answer.status_code}", "unexpected_answer"
+    family = RemoteTrouble if answer.status_code == 429 or answer.status_code >= 500 else RemoteRefusal
+    raise family(detail, reason=reason)
+
+
+def _unreachable(server: str, error: Exception) -> NoServer:
+    return NoServer(f"no service answers at {server} ({error}); start one with `tsm serve`, or name it with --server")
+
+
+def _events(server: str, stream: str | None, after: int | None) -> Iterator[dict[str, Any]]:
+    """Events as they come; those of one stream go on after an interruption where they stopped."""
+    path = _path(stream, "/events") if stream else "/v1/events"
+    trouble = 0
+    while True:
+        headers = {"Accept": "text/event-stream"}
+        params = {"after": str(after)} if stream and after is not None else {}
+        try:
+            with (
+                httpx.Client(base_url=server, timeout=httpx.Timeout(5.0, read=30.0), trust_env=False) as client,
+                client.stream("GET", path, headers=headers, params=params) as answer,
+            ):
+                if not answer.is_success:
+                    answer.read()
+                    _check(answer)
+                trouble = 0
+                for line in answer.iter_lines():
+                    if line.startswith("data:"):
+                        event = json.loads(line[5:])
+                        after = event["sequence"]
+                        yield event
+            if stream:
+                return  # the service ends it when the stream is removed
+        except httpx.HTTPError as error:
+            trouble += 1
+            if trouble > 5:
+                raise _unreachable(server, error) from None
+        time.sleep(0.5)
+
+
+def _row(view: Mapping[str, Any]) -> tuple[str, ...]:
+    status = view["status"]
+    latency = f"{status['latency_ms']['p50']:.0f}" if status["latency_ms"] else "-"
+    return view["id"], status["state"], f"{status['fps']:.1f}", latency, status["label"] or "-", view["source"]["uri"]
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _show(view: Mapping[str, Any], as_json: bool, line: str) -> None:
+    typer.echo(json.dumps(view) if as_json else line)

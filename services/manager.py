@@ -1,0 +1,416 @@
+"""The verbs on streams that every door shares: create, list, start, stop, look, remove."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote, urlsplit
+
+from pydantic import Field
+
+from pipelines.faults import ProbeReport, file_path, has_secret, probe, redact
+from services.schemas import Latency, ReplicaInfo, SourceSpec, StreamModel, StreamSpec, StreamState, StreamStatus, Wire
+from services.settings import Settings
+from services.store import StateStore, StreamExists
+from tsm_core.checkpoints import read_card
+from tsm_core.errors import CallerError, WorldError
+from tsm_core.zoo import UnknownModel, find_model
+
+FORBIDDEN_NETS = tuple(
+    ipaddress.ip_network(net)
+    for net in ("169.254.0.0/16", "fe80::/10", "100.100.100.200/32", "fd00:ec2::254/128", "192.0.0.192/32")
+)
+"""Link-local addresses and the clouds' metadata services: never a camera."""
+
+
+class SourceNotAllowed(CallerError):  # noqa: N818
+    """The service's policy does not let this source be opened."""
+
+    reason = "source_not_allowed"
+
+
+class SourceNotFound(CallerError):  # noqa: N818
+    """A file:// source that does not exist."""
+
+    reason = "source_not_found"
+
+
+class SourceRejected(CallerError):  # noqa: N818
+    """The camera answered the probe with something that waiting will not mend; `reason` is its error code."""
+
+    reason = "stream_rejected"
+
+
+class SourceUnreachable(WorldError):  # noqa: N818
+    """The camera did not answer the probe as it should; `reason` is its error code."""
+
+    reason = "stream_unreachable"
+
+
+class NoCapacity(WorldError):  # noqa: N818
+    """Every slot of every replica is taken."""
+
+    reason = "no_capacity"
+
+
+class NoPicture(CallerError):  # noqa: N818
+    """The stream has no picture yet."""
+
+    reason = "no_picture"
+
+
+class StreamView(StreamSpec):
+    """A stream as the doors show it: what should be, and what is."""
+
+    status: StreamStatus
+
+
+class StreamStats(Wire):
+    """The counters of one stream."""
+
+    stream_id: str
+    state: StreamState
+    received: int
+    processed: int
+    dropped: dict[str, int]
+    fps: float
+    processed_fps: float
+    latency_ms: Latency | None
+    reconnects: int
+    events: int = Field(description="sequence of the newest event")
+
+
+class ServiceStats(Wire):
+    """The counters of the whole service."""
+
+    streams: int
+    running: int
+    by_state: dict[str, int]
+    received: int
+    processed: int
+    dropped: dict[str, int]
+    replicas: int
+    slots_total: int
+    slots_used: int
+
+
+class ServedModel(Wire):
+    """One model that streams can name."""
+
+    name: str = Field(examples=["motion9"])
+    labels: tuple[str, ...]
+    mode: Literal["step", "window"] = Field(description="step: one result a frame; window: one every stride_s")
+    input_px: int
+    default: bool = Field(False, description="used by streams that name no model")
+
+
+Probe = Callable[..., ProbeReport]
+
+
+def served_models(settings: Settings) -> tuple[ServedModel, ...]:
+    """The models of `engine.models`, described by their files; the first is the default.
+
+    Raises UnknownModel, ModelFileError.
+    """
+    found = []
+    for index, model in enumerate(settings.engine.models):
+        recipe, _ = read_card(find_model(model.name, model.path))
+        found.append(
+            ServedModel(
+                name=model.name,
+                labels=recipe.labels,
+                mode="window" if recipe.shift == "bi" else "step",
+                input_px=recipe.preprocess.input_px,
+                default=index == 0,
+            )
+        )
+    return tuple(found)
+
+
+class StreamManager:
+    """What the doors may do with streams, over a store; keeps nothing itself, so any number may run.
+
+    Raises CallerError and WorldError families only; their texts hold no password.
+    """
+
+    def __init__(
+        self,
+        store: StateStore,
+        settings: Settings | None = None,
+        *,
+        models: Sequence[ServedModel] | None = None,
+        probe_source: Probe = probe,
+    ) -> None:
+        self.store = store
+        self.settings = settings or Settings()
+        self._models = tuple(models if models is not None else served_models(self.settings))
+        self._probe = probe_source
+
+    # what should be
+
+    def create(self, spec: StreamSpec, *, check: bool = True) -> StreamView:
+        """The stream, registered; with `check` its source has answered a probe first.
+
+        Raises StreamExists, UnknownModel, SourceNotAllowed, SourceNotFound, NoCapacity, and SourceRejected or
+        SourceUnreachable when the probe fails.
+        """
+        spec = spec.model_copy(update={"models": self._known(spec.models), "source": self.allowed(spec.source)})
+        if spec.id in {other.id for other in self.store.list_streams()}:
+            raise StreamExists(f"stream {spec.id!r} exists already; choose another id, or delete it first")
+        if spec.enabled:
+            self._fits(1)
+        if check and not spec.source.is_file:
+            report = self._run_probe(spec.source, "describe")
+            if not report.ok:
+                raise _source_error(spec.source, report)
+        self.store.put_stream(spec, create=True)
+        return self.get(spec.id)
+
+    def get(self, stream_id: str) -> StreamView:
+        """One stream. Raises StreamNotFound."""
+        spec = self.store.get_stream(stream_id)
+        return self._view(spec, self.store.status(stream_id), self._alive())
+
+    def streams(self) -> list[StreamView]:
+        """All streams, ordered by id."""
+        alive, statuses = self._alive(), self.store.statuses()
+        return [self._view(spec, statuses.get(spec.id), alive) for spec in self.store.list_streams()]
+
+    def delete(self, stream_id: str) -> None:
+        """Forget the stream; its replica lets go of it. Raises StreamNotFound."""
+        self.store.delete_stream(stream_id)
+
+    def start(self, stream_id: str) -> StreamView:
+        """Want the stream served. Raises StreamNotFound, NoCapacity."""
+        return self._enable(stream_id, True)
+
+    def stop(self, stream_id: str) -> StreamView:
+        """Want the stream registered but not served. Raises StreamNotFound."""
+        return self._enable(stream_id, False)
+
+    # what is
+
+    def status(self, stream_id: str) -> StreamStatus:
+        """What the owning replica last said of the stream. Raises StreamNotFound."""
+        return self.get(stream_id).status
+
+    def stats(self, stream_id: str) -> StreamStats:
+        """The stream's counters. Raises StreamNotFound."""
+        status = self.status(stream_id)
+        return StreamStats(
+            stream_id=stream_id,
+            state=status.state,
+            received=status.received,
+            processed=status.processed,
+            dropped=status.dropped,
+            fps=status.fps,
+            processed_fps=status.processed_fps,
+            latency_ms=status.latency_ms,
+            reconnects=status.reconnects,
+            events=self.store.latest_sequence(stream_id),
+        )
+
+    def service_stats(self) -> ServiceStats:
+        """The sum over all streams and replicas."""
+        views, replicas = self.streams(), self.store.replicas()
+        dropped: Counter[str] = Counter()
+        for view in views:
+            dropped.update(view.status.dropped)
+        states = Counter(view.status.state for view in views)
+        return ServiceStats(
+            streams=len(views),
+            running=states["RUNNING"],
+            by_state=dict(states),
+            received=sum(view.status.received for view in views),
+            processed=sum(view.status.processed for view in views),
+            dropped=dict(dropped),
+            replicas=len(replicas),
+            slots_total=sum(replica.slots_total for replica in replicas),
+            slots_used=sum(replica.slots_used for replica in replicas),
+        )
+
+    def models(self) -> tuple[ServedModel, ...]:
+        """The models that streams can name; the default first."""
+        return self._models
+
+    def replicas(self) -> list[ReplicaInfo]:
+        """The engine replicas that are alive, ordered by id."""
+        return self.store.replicas()
+
+    def preview(self, stream_id: str, *, watch_s: float = 5.0) -> tuple[int, bytes]:
+        """The stream's newest picture: (frame number, JPEG). Looking keeps more coming for `watch_s`.
+
+        Raises StreamNotFound, NoPicture.
+        """
+        self.store.get_stream(stream_id)
+        self.store.watch(stream_id, watch_s)
+        picture = self.store.preview(stream_id)
+        if picture is None:
+            raise NoPicture(f"stream {stream_id!r} has no picture yet; it comes with the first decoded frame")
+        return picture
+
+    def events(self, stream_id: str, after: int = 0, limit: int = 100) -> list[dict[str, Any]]:
+        """Up to `limit` events with a sequence above `after`, oldest first. Raises StreamNotFound."""
+        self.store.get_stream(stream_id)
+        return self.store.events(stream_id, after, limit)
+
+    def recent_events(self, stream_id: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        """The newest events of one stream or of all, newest first. Raises StreamNotFound."""
+        ids = [self.store.get_stream(stream_id).id] if stream_id else [spec.id for spec in self.store.list_streams()]
+        found: list[dict[str, Any]] = []
+        for one in ids:
+            newest = self.store.latest_sequence(one)
+            found += self.store.events(one, max(0, newest - limit), limit)
+        found.sort(key=lambda event: float(event.get("published_s", 0.0)), reverse=True)
+        return found[:limit]
+
+    def scores(self, stream_id: str, limit: int = 600) -> list[dict[str, Any]]:
+        """Up to `limit` of the stream's newest score records, oldest first. Raises StreamNotFound."""
+        self.store.get_stream(stream_id)
+        return self.store.scores(stream_id, limit=limit)
+
+    def probe(self, source: SourceSpec) -> ProbeReport:
+        """What happens when the source is opened, stage by stage, with a picture when it can be had.
+
+        Raises SourceNotAllowed, SourceNotFound.
+        """
+        return self._run_probe(self.allowed(source), "decode")
+
+    # policy
+
+    def allowed(self, source: SourceSpec) -> SourceSpec:
+        """The source as it may be opened: a file with its symlinks resolved, a secret kept off command lines.
+
+        Raises SourceNotAllowed, SourceNotFound.
+        """
+        if source.is_file:
+            path = self._allowed_file(file_path(source.uri))
+            return source.model_copy(update={"uri": "file://" + quote(str(path))})
+        parts = urlsplit(source.uri)
+        self._allowed_host(parts.hostname or "", parts.port or (322 if parts.scheme == "rtsps" else 554))
+        if source.password is not None or has_secret(source.uri):
+            if source.decoder == "ffmpeg":
+                raise SourceNotAllowed(
+                    "decoder 'ffmpeg' would show this source's password in the process list; use 'auto' or 'pyav'"
+                )
+            return source.model_copy(update={"decoder": "pyav"})
+        return source
+
+    def _allowed_file(self, given: str) -> Path:
+        roots = [root.resolve() for root in self.settings.source.file_roots]
+        if not roots:
+            raise SourceNotAllowed(
+                f"file {given} is not allowed: this service reads no files; set source.file_roots to the folders it may"
+            )
+        path = Path(given).resolve()
+        if not any(path.is_relative_to(root) for root in roots):
+            listed = ", ".join(str(root) for root in roots)
+            raise SourceNotAllowed(f"file {given} is not allowed: files below {listed} are (source.file_roots)")
+        if not path.is_file():
+            raise SourceNotFound(f"file {given} does not exist or is no regular file")
+        return path
+
+    def _allowed_host(self, host: str, port: int) -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            return  # the probe has words for a host that cannot be found
+        for *_, address in found:
+            ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+            mapped = getattr(ip, "ipv4_mapped", None)
+            ip = mapped or ip
+            if any(ip.version == net.version and ip in net for net in FORBIDDEN_NETS):
+                raise SourceNotAllowed(
+                    f"host {host} is {ip}, a link-local or cloud metadata address; cameras there are never opened: "
+                    "use the camera's routable address"
+                )
+
+    def _known(self, wanted: Sequence[StreamModel]) -> tuple[StreamModel, ...]:
+        served = {model.name: model for model in self._models}
+        for model in wanted:
+            if model.name not in served:
+                raise UnknownModel(f"model {model.name!r} is not served; served: {', '.join(sorted(served))}")
+        if wanted:
+            return tuple(wanted)
+        return (StreamModel(name=next((m.name for m in self._models if m.default), self._models[0].name)),)
+
+    def _fits(self, more: int) -> None:
+        live = [replica for replica in self.store.replicas() if not replica.draining]
+        total = sum(replica.slots_total for replica in live)
+        if not live:
+            return  # starting up: the registry accepts, the controller places as soon as it can
+        wanted = sum(1 for spec in self.store.list_streams() if spec.enabled)
+        if wanted + more > total:
+            raise NoCapacity(
+                f"{wanted} streams fill the {total} slots of {len(live)} replicas; stop or delete one, "
+                "or serve with more engine.slots or engine.replicas"
+            )
+
+    # helpers
+
+    def _run_probe(self, source: SourceSpec, depth: str) -> ProbeReport:
+        return self._probe(
+            source.uri,
+            username=source.username,
+            password=source.password.get_secret_value() if source.password else None,
+            transport=source.rtsp_transport,
+            timeout_s=self.settings.source.probe_timeout_s,
+            depth=depth,
+        )
+
+    def _enable(self, stream_id: str, enabled: bool) -> StreamView:
+        spec = self.store.get_stream(stream_id)
+        if spec.enabled != enabled:
+            if enabled:
+                self._fits(1)
+            changed = spec.model_copy(update={"enabled": enabled, "revision": spec.revision + 1})
+            self.store.put_stream(changed, create=False)
+        return self.get(stream_id)
+
+    def _alive(self) -> set[str]:
+        return {replica.id for replica in self.store.replicas()}
+
+    def _view(self, spec: StreamSpec, status: StreamStatus | None, alive: set[str]) -> StreamView:
+        fields = {name: getattr(spec, name) for name in StreamSpec.model_fields}
+        fields["source"] = spec.source.model_copy(update={"uri": redact(spec.source.uri)})
+        return StreamView.model_construct(**fields, status=_shown(spec, status, alive))
+
+
+def _shown(spec: StreamSpec, status: StreamStatus | None, alive: set[str]) -> StreamStatus:
+    """The status as last written, corrected for a replica that is no longer there to write."""
+    if status is None:
+        state: StreamState = "STARTING" if spec.enabled else "STOPPED"
+        message = "waiting for a replica" if spec.enabled else ""
+        return StreamStatus(state=state, status_message=message, since=spec.created_at.timestamp())
+    if status.worker in alive or status.state in ("STOPPED", "ENDED"):
+        if spec.enabled and status.state == "STOPPED":
+            return status.model_copy(update={"state": "STARTING", "status_message": "waiting for a replica"})
+        return status
+    if not spec.enabled:
+        return status.model_copy(update={"state": "STOPPED", "status_message": "", "fps": 0.0, "processed_fps": 0.0})
+    lost = f"replica {status.worker} is gone; waiting for another"
+    return status.model_copy(
+        update={
+            "state": "RESTARTING",
+            "status_message": lost,
+            "fps": 0.0,
+            "processed_fps": 0.0,
+            "since": status.updated_at,
+        }
+    )
+
+
+def _source_error(source: SourceSpec, report: ProbeReport) -> CallerError | WorldError:
+    fault = report.fault
+    reason = fault.code.lower() if fault else "stream_rejected"
+    text = f"{redact(source.uri)}: {fault.message if fault else 'the probe failed'}"
+    if fault and fault.hint:
+        text += f"; {fault.hint}"
+    text += " (to register it anyway, send ?probe=false)"
+    if fault is None or fault.retry in ("slow", "never") or fault.code == "STREAM_DNS_FAILED":
+        return SourceRejected(text, reason=reason)
+    return SourceUnreachable(text, reason=reason)
