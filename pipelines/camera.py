@@ -1,13 +1,16 @@
 """A simulated camera: pictures paced by a clock, encoded once for all viewers, with its truth and its faults.
 
 The camera's clock starts when the camera is made and never stops: frame n is due `n / fps` seconds later, watched or
-not. Its RTP timestamps are `rtp_base + n * 90000 / fps`, and a viewer is told `rtp_base` as the timestamp of time 0,
-so a client that believes the announcement (PyAV; ffmpeg with `-copyts`) sees `pts_s = n / fps`. A client that counts
-from its first picture (ffmpeg without `-copyts`) sees 0 for the session's `first_frame`. `frame_number` undoes both.
+not. Its RTP timestamps are `rtp_base + n * 90000 / fps` (modulo 2^32: 13 hours), and a viewer is told `rtp_base` as the
+timestamp of time 0. A client that believes this (PyAV; ffmpeg with `-copyts`) sees `pts_s = n / fps`, with and without
+RTCP sender reports. Two habits of libavformat's parser, seen in 5.1, 8.1 and 9.0: the first picture of a session has no
+pts (PyAV: None; ffmpeg: 0), and ffmpeg without `-copyts` counts from the second: its pts 0 is `first_frame + 1`.
+`frame_number` undoes the first kind, `SessionInfo.frame_number` the second.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import threading
@@ -16,7 +19,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -29,6 +32,8 @@ from pipelines.rtp import CLOCK_HZ, Codec, ParameterSets, is_key, payloads, spli
 from pipelines.scenes import Scene
 from tsm_core.errors import CallerError
 
+logger = logging.getLogger(__name__)
+
 Pixels = NDArray[np.uint8]
 Auth = Literal["none", "basic", "digest"]
 
@@ -37,6 +42,7 @@ CHECK_BITS = 4
 BLOCKS_PER_WIDTH = 40  # a block is 1/40 of the picture wide and high: 8 px at 320 px
 CATCH_UP_FRAMES = 3
 LONGEST_KEY_GAP_S = 2.0
+SEEK_FRAMES = 60  # farther ahead, a file is sought rather than decoded through
 
 
 class CameraError(CallerError):
@@ -91,13 +97,12 @@ def read_frame_number(image: Pixels) -> int | None:
     return number if _code(number) == code else None
 
 
-def frame_number(pts_s: float, fps: float, first_frame: int = 0) -> int:
-    """The camera's frame number of a picture with presentation time `pts_s`.
+def frame_number(pts_s: float, fps: float) -> int:
+    """The camera's number of a picture with presentation time `pts_s`, for clients that keep the camera's time.
 
-    first_frame: 0 where the client keeps the announced time (PyAV; ffmpeg with `-copyts`), the session's `first_frame`
-    where its pts begin at 0 (ffmpeg without `-copyts`). Clock jumps are part of `pts_s` and are not undone.
+    Clock jumps are part of `pts_s` and are not undone; nor is the first picture of a session, which has no pts.
     """
-    return first_frame + round(pts_s * fps)
+    return round(pts_s * fps)
 
 
 # --- what the camera looks at -------------------------------------------------------------------------------------
@@ -155,7 +160,7 @@ class FileSource:
             with av.open(str(self.path)) as container:
                 self._survey(container, reencode)
         except (OSError, av.error.FFmpegError, IndexError) as error:
-            raise UnusableVideo(f"{self.path.name} cannot be read as a video: {error}") from None
+            raise UnusableVideo(f"{self.path.name} cannot be read as a video: {type(error).__name__}") from None
 
     def _survey(self, container: Any, reencode: bool) -> None:
         stream = container.streams.video[0]
@@ -182,13 +187,12 @@ class FileSource:
         span_s = times[-1] - times[0] if times else 0.0
         self.fps = (len(times) - 1) / span_s if span_s > 0 else float(stream.average_rate or 25)
         self._start_s = times[0] if times else 0.0
-        even = len(times) == self.frames and all(
-            abs((stamp or 0.0) - self._start_s - i / self.fps) < 0.5 / self.fps for i, stamp in enumerate(stamps)
+        self._steady = len(times) == self.frames and all(
+            abs(stamp - self._start_s - i / self.fps) < 0.5 / self.fps for i, stamp in enumerate(times)
         )
         gaps = [after - before for before, after in zip(keys, [*keys[1:], self.frames], strict=True)]
-        # timestamps out of order (B-frames) are never even
         joinable = bool(keys) and keys[0] == 0 and max(gaps) <= LONGEST_KEY_GAP_S * self.fps
-        if to_annexb and even and joinable and len(units) == self.frames:
+        if to_annexb and self._steady and stamps == times and joinable and len(units) == self.frames:
             key_set = set(keys)
             self._units = [(unit, i in key_set) for i, unit in enumerate(units)]
 
@@ -202,23 +206,42 @@ class FileSource:
         return self._units[number % self.frames]
 
     def frame(self, number: int) -> Pixels:
-        """The picture `number`, uint8 (H, W, 3), RGB, sides even. Asking in order is quick; going back rewinds."""
-        wanted = number % self.frames
-        for _ in range(2):  # the survey counts packets; a file may decode to fewer pictures: then begin again
-            if self._pictures is None or wanted < self._next:
-                self.close()
-                self._container = av.open(str(self.path))
-                stream = self._container.streams.video[0]
-                stream.codec_context.thread_count = 1
-                self._pictures = self._container.decode(stream)
-                self._next = 0
+        """The picture `number`, uint8 (H, W, 3), RGB, sides even. Asking in order is quick."""
+        for _ in range(2):  # a file may decode to fewer pictures than its packets promise: then begin again
+            wanted = number % self.frames
+            if self._pictures is None or not self._next <= wanted <= self._next + SEEK_FRAMES:
+                self._move(wanted)
             for picture in self._pictures:
                 self._next += 1
                 if self._next > wanted:
-                    image: Pixels = picture.to_ndarray(format="rgb24")
-                    return np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
+                    return _even(picture)
             self.frames = max(1, self._next)
-            wanted = number % self.frames
+            self.close()
+        raise UnusableVideo(f"{self.path.name} decodes to no pictures")
+
+    def _move(self, wanted: int) -> None:
+        """Open the file at picture `wanted` or somewhat before."""
+        for seek in (True, False) if self._steady and wanted > SEEK_FRAMES else (False,):
+            self.close()
+            self._container = av.open(str(self.path))
+            stream = self._container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            self._pictures, self._next = self._container.decode(stream), 0
+            if not seek:
+                return
+            with suppress(av.error.FFmpegError, StopIteration):
+                self._container.seek(int((self._start_s + (wanted - 0.5) / self.fps) / stream.time_base), stream=stream)
+                first = next(self._pictures)
+                self._next = round((first.time - self._start_s) * self.fps)
+                if self._next <= wanted:
+                    self._pictures = chain([first], self._pictures)
+                    return
+
+    def peek(self) -> Pixels:
+        """The file's first picture, without moving `frame`'s place."""
+        with av.open(str(self.path)) as container:
+            for picture in container.decode(video=0):
+                return _even(picture)
         raise UnusableVideo(f"{self.path.name} decodes to no pictures")
 
     def close(self) -> None:
@@ -226,6 +249,11 @@ class FileSource:
         if self._container is not None:
             self._container.close()
         self._container = self._pictures = None
+
+
+def _even(picture: av.VideoFrame) -> Pixels:
+    image = picture.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+    return np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
 
 
 def open_source(text: str, *, size_px: int = 320, fps: float = 15.0) -> Source:
@@ -366,8 +394,8 @@ class SessionInfo:
     packets_lost: int = 0
 
     def frame_number(self, pts_s: float, fps: float) -> int:
-        """The camera's number of a picture whose pts count from this session's first."""
-        return frame_number(pts_s, fps, self.first_frame or 0)
+        """The camera's number of a picture whose pts ffmpeg counted from 0 (no `-copyts`), the first one excepted."""
+        return (self.first_frame or 0) + 1 + round(pts_s * fps)
 
 
 class Viewer(Protocol):
@@ -417,7 +445,6 @@ class Camera:
         self._thread: threading.Thread | None = None
         self._open = False
         self._key_wanted = False
-        self._last_sent = -1
         self._log: deque[LogEntry] = deque(maxlen=log_size)
         self._logged = 0
         self._sessions: deque[SessionInfo] = deque(maxlen=10_000)
@@ -480,12 +507,11 @@ class Camera:
 
     # -- its truth
 
-    def log(self, after: int = 0) -> list[LogEntry]:
-        """Every picture sent to every client, oldest first, without the first `after` ever logged."""
+    def log(self, after: int = 0, limit: int | None = None) -> list[LogEntry]:
+        """Every picture sent to every client, oldest first: at most `limit`, without the first `after` ever logged."""
         with self._lock:
-            entries = list(self._log)
-            dropped = self._logged - len(entries)
-        return entries[max(0, after - dropped) :]
+            start = max(0, after - (self._logged - len(self._log)))
+            return list(islice(self._log, start, None if limit is None else start + limit))
 
     def sessions(self) -> list[SessionInfo]:
         """Every play so far, oldest first."""
@@ -573,8 +599,7 @@ class Camera:
         source = self._source
         return source if isinstance(source, FileSource) and source.encoded and not self.knobs.size else None
 
-    def _picture(self, source: Source, number: int) -> Pixels:
-        image = source.frame(number)
+    def _dressed(self, source: Source, image: Pixels, number: int) -> Pixels:
         size = self.knobs.size
         if size and (image.shape[1], image.shape[0]) != size:
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(width=size[0], height=size[1])
@@ -590,21 +615,27 @@ class Camera:
         if file := self._passthrough():
             codec, nals = file.codec, split_nals(file.unit(0)[0])
         else:
-            codec, image = self._codec, self._probe_picture(source)
+            # a file's decoder belongs to the encoding thread
+            first = source.peek() if isinstance(source, FileSource) else source.frame(0)
+            codec, image = self._codec, self._dressed(source, first, 0)
             encoder = Encoder(codec, image.shape[1], image.shape[0], self.fps, self.bit_rate)
             nals = encoder.encode(image, 0, key=True)
         sets = ParameterSets.find(nals, codec)
         self._sets = ((id(source), size), sets)
         return sets
 
-    def _probe_picture(self, source: Source) -> Pixels:
-        # a file's decoder belongs to the encoding thread: take another
-        return self._picture(FileSource(source.path) if isinstance(source, FileSource) else source, 0)
-
     def _run(self) -> None:
+        try:
+            self._stream()
+        except Exception:
+            logger.exception("%r stopped: its source or encoder failed", self)
+            with self._lock:
+                self._thread = None
+
+    def _stream(self) -> None:
         """Encode and hand out pictures until nobody is left."""
         encoder: Encoder | None = None
-        number = math.ceil(self._position(time.monotonic()))
+        number, last = math.ceil(self._position(time.monotonic())), -1
         while True:
             with self._lock:
                 if not self._open or not (self._viewers or self.always):
@@ -613,38 +644,35 @@ class Camera:
             if (wait_s := self._due(number) - time.monotonic()) > 0:
                 time.sleep(min(wait_s, 0.1))
                 continue
-            behind = math.floor(self._position(time.monotonic())) - number
-            gap = False
-            if behind > CATCH_UP_FRAMES:
-                number, gap = number + behind, True
-            if self.knobs.dark:
-                number += 1
-                continue
-            encoder = self._send(number, encoder, gap=gap or number != self._last_sent + 1)
-            self._last_sent = number
+            late = self.now() - number
+            if late > CATCH_UP_FRAMES:
+                number += late
+            if not self.knobs.dark:
+                encoder = self._send(number, last, encoder)
+                last = number
             number += 1
 
-    def _send(self, number: int, encoder: Encoder | None, *, gap: bool) -> Encoder | None:
+    def _send(self, number: int, last: int, encoder: Encoder | None) -> Encoder | None:
         source, file = self._source, self._passthrough()
+        gap = False
         if file:
             encoder = None
             data, key = file.unit(number)
             codec, nals = file.codec, split_nals(data)
-            if key and not (found := ParameterSets.find(nals, codec)).sps:
+            gap = number != last + 1
+            if key and not ParameterSets.find(nals, codec).sps:
                 sets = self.parameter_sets()
                 nals = [*sets.vps, *sets.sps, *sets.pps, *nals]
-                del found
         else:
-            image = self._picture(source, number)
+            image = self._dressed(source, source.frame(number), number)
             if encoder is None or encoder.shape != image.shape[:2]:
                 encoder = Encoder(self._codec, image.shape[1], image.shape[0], self.fps, self.bit_rate)
-                self._key_wanted = True
             with self._lock:
                 asked, self._key_wanted = self._key_wanted, False
-            codec = self._codec
-            nals = encoder.encode(image, number, key=asked or number % max(1, round(self.fps)) == 0)
-            key = is_key(nals, codec)
-            gap = False  # an encoder refers to what it sent last, whatever its number
+            group = max(1, round(self.fps))
+            # an encoder refers to what it sent last, whatever its number: skipped numbers are no gap
+            nals = encoder.encode(image, number, key=asked or last < 0 or number // group != last // group)
+            codec, key = self._codec, is_key(nals, self._codec)
         unit = AccessUnit(number, self.timestamp(number), key, payloads(nals, codec))
         with self._lock:
             viewers = list(self._viewers)
