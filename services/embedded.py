@@ -188,24 +188,28 @@ class EmbeddedValkey:
             config = self._write_config()
             with contextlib.suppress(FileNotFoundError):
                 self._log_path.replace(self._log_path.with_suffix(".log.old"))  # one start, one log
-            self._process = subprocess.Popen(  # noqa: S603
-                [str(binary), str(config)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd=self.folder,
-                env={"LC_ALL": "C"},
-                umask=0o077,
-                start_new_session=True,  # Ctrl-C is for us alone: states are saved first
-                pass_fds=(self._lock_fd,),  # the folder stays locked as long as either lives
-                preexec_fn=_die_with_parent(os.getpid()) if sys.platform == "linux" else None,
-            )
+            said = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                self._process = subprocess.Popen(  # noqa: S603
+                    [str(binary), str(config)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=said,
+                    cwd=self.folder,
+                    env={"LC_ALL": "C"},
+                    umask=0o077,
+                    start_new_session=True,  # Ctrl-C is for us alone: states are saved first
+                    pass_fds=(self._lock_fd,),  # the folder stays locked as long as either lives
+                    preexec_fn=_die_with_parent(os.getpid()) if sys.platform == "linux" else None,
+                )
+            finally:
+                os.close(said)
             if self._answers():
                 return
             if chosen or "in use" not in self._last_words():
                 break
-        said = self._last_words()
-        raise EmbeddedError(f"{binary.name} does not start in {self.folder}: {said or 'it said nothing'}")
+        why = self._last_words() or "it said nothing"
+        raise EmbeddedError(f"{binary.name} does not start in {self.folder}: {why}")
 
     def _answers(self) -> bool:
         assert self._process is not None
@@ -250,7 +254,6 @@ class EmbeddedValkey:
             f"requirepass {self._password}",
             "daemonize no",
             f"dir {_quoted(self.folder)}",
-            f"logfile {_quoted(self._log_path)}",
             "loglevel warning",
             'save ""',
             f"appendonly {'yes' if self._persistent else 'no'}",
@@ -270,11 +273,8 @@ class EmbeddedValkey:
         return self.folder / "valkey.log"
 
     def _last_words(self) -> str:
-        try:
-            lines = self._log_path.read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            return ""
-        return lines[-1][-300:] if lines else ""
+        lines = self._log_path.read_text(errors="replace").splitlines() if self._log_path.exists() else []
+        return " / ".join([line.strip() for line in lines if line.strip()][-4:])[-500:]
 
     def _take_lock(self) -> None:
         self._lock_fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
