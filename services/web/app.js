@@ -10,25 +10,6 @@ const LABEL_COLOURS = 12; // --label-0 ... in the style sheet
 const END_LOST_MS = 10_000; // an action whose label was not on top for so long is over, though its end was not seen
 const SILENT_MS = 6_000; // no news of a running stream for so long is worth a word
 
-// what would help, by error code; what happened is in the status message
-const HINTS = {
-  STREAM_DNS_FAILED: "Check the host name, or use the IP address.",
-  STREAM_CONNECTION_FAILED: "Check the address, the port and that the camera is on.",
-  STREAM_TIMEOUT: "Check the address and port; the camera may need a restart.",
-  STREAM_NOT_RTSP: "Check the port; RTSP is usually on 554.",
-  STREAM_AUTH_FAILED: "Remove the stream and add it again with the right user and password.",
-  STREAM_NOT_FOUND: "Check the path of the address.",
-  STREAM_SERVER_BUSY: "The camera may serve too many viewers: close some, or restart it.",
-  STREAM_PROTOCOL: "Try the other transport, TCP or UDP.",
-  STREAM_TLS_CERTIFICATE: "Install a certificate that the service trusts.",
-  STREAM_TLS_HANDSHAKE: "Check that the port speaks rtsps.",
-  STREAM_NO_VIDEO: "Choose a path that carries video.",
-  STREAM_CODEC_UNSUPPORTED: "Set the camera to H.264 or H.265.",
-  STREAM_NO_DATA: "A firewall may drop UDP: try TCP, or restart the camera.",
-  STREAM_STALLED: "Check power and network of the camera.",
-  STREAM_DISCONNECTED: "Check power and network of the camera.",
-};
-
 const el = (id) => document.getElementById(id);
 const sentence = (text) => (/^[a-z]+:/.test(text) ? text : text.charAt(0).toUpperCase() + text.slice(1));
 const percent = (score) => `${Math.round(score * 100)} %`;
@@ -168,7 +149,7 @@ class Tile {
       badgeText: find(".badge-text"), feed: find(".feed"), name: find(".name"), idText: find(".id"),
       start: find(".start"), stop: find(".stop"), remove: find(".remove"), swatch: find(".swatch"),
       label: find(".label"), percent: find(".percent"), warmup: find(".warmup"), bar: find(".bar"),
-      barFill: find(".bar span"), canvas: find("canvas"), read: find(".strip-read"),
+      barFill: find(".bar span"), canvas: find("canvas"), read: find(".strip-read"), runners: [...this.root.querySelectorAll(".runners li")],
     };
     this.figures = Object.fromEntries(
       [...this.root.querySelectorAll("[data-figure]")].map((node) => [node.dataset.figure, node]),
@@ -236,7 +217,7 @@ class Tile {
   addScore(record) {
     const now = performance.now();
     this.labelAt.set(record.label, now);
-    this.score = { label: record.label, score: record.score, warmup: record.warmup ?? null, at: now };
+    this.score = { label: record.label, score: record.score, warmup: record.warmup, topK: record.top_k ?? [], at: now };
     this.newsAt = now;
     this.samples.push({ at: now, label: record.label, score: record.score, warm: !record.warmup });
     this.dirty = true;
@@ -321,7 +302,7 @@ class Tile {
     this.root.classList.toggle("away", state !== "RUNNING");
     setHidden(parts.image, !pictured);
     const silent = state === "RUNNING" && connection.open && now - this.newsAt > SILENT_MS;
-    setHidden(parts.feed, !silent && this.mode !== "poll");
+    setHidden(parts.feed, !silent && !(state === "RUNNING" && this.mode === "poll"));
     setText(parts.feed, silent ? `no news for ${Math.round((now - this.newsAt) / 1000)} s` : "1 picture a second");
 
     this.renderNotice(state, status, pictured);
@@ -339,6 +320,12 @@ class Tile {
     parts.barFill.style.transform = `scaleX(${score ? score.score : 0})`;
     parts.bar.setAttribute("aria-valuenow", String(score ? Math.round(score.score * 100) : 0));
     parts.bar.setAttribute("aria-valuetext", score ? `${score.label} ${percent(score.score)}` : "no score");
+    parts.runners.forEach((node, i) => {
+      const next = score?.topK[i + 1];
+      node.style.setProperty("--runner", cssColour(next?.label));
+      setText(node.firstElementChild, next?.label ?? "");
+      setText(node.lastElementChild, next ? percent(next.score) : "");
+    });
     setHidden(parts.warmup, !score?.warmup);
     setText(parts.warmup, score?.warmup ? `warming up ${score.warmup}` : "");
 
@@ -370,17 +357,17 @@ class Tile {
   renderNotice(state, status, pictured) {
     const { parts } = this;
     let title = "";
-    let text = sentence(status.status_message ?? "");
-    let hint = "";
     let busy = false;
+    let text = state === "RUNNING" ? "" : sentence(status.status_message ?? "");
+    let hint = "";
     if (state === "RUNNING") {
-      text = "";
       if (!pictured) [title, busy] = ["Waiting for a picture", true];
     } else if (state === "STARTING") {
       [title, busy] = ["Starting", true];
     } else if (state === "RESTARTING" || state === "FAILED") {
       title = state === "FAILED" ? "Failed" : "No picture for now";
-      hint = HINTS[status.error_code] ?? "";
+      const cut = text.lastIndexOf("; "); // "what happened; what would help"
+      if (cut > 0) [text, hint] = [text.slice(0, cut), sentence(text.slice(cut + 2))];
     } else {
       title = { STOPPED: "Stopped", STOPPING: "Stopping", ENDED: "The file has ended" }[state] ?? state;
     }
@@ -412,7 +399,7 @@ class Tile {
       const right = Math.floor(x(next - at > 1_000 ? at + 200 : next)); // no overlap: half-transparent ones would add up
       context.globalAlpha = warm ? 1 : 0.45;
       context.fillStyle = canvasColour(label);
-      context.fillRect(left, height * (1 - score), Math.max(1, right - left), height * score);
+      if (right > left) context.fillRect(left, height * (1 - score), right - left, height * score);
     });
     context.globalAlpha = 1;
   }
