@@ -109,7 +109,7 @@ def serve(
 
     service = run_service(settings)
     try:
-        typer.echo(f"tsm-live serves {service.address} (page, API and metrics); Ctrl-C ends it")
+        typer.echo(f"tsm-live serves {service.url} (page, API and metrics); Ctrl-C ends it")
         while not stop.wait(0.5):  # short waits: a signal is handled between them
             pass
         typer.echo("stopping: shift states are saved first")
@@ -120,11 +120,14 @@ def serve(
 @app.command()
 def demo(
     seconds: Annotated[float | None, typer.Option(help="end after so long with a score; default: until Ctrl-C")] = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one")] = None,
+    config: ConfigFile = None,
 ) -> None:
-    """Serve simulated cameras, show their events, score the results."""
-    from services.demo import run
+    """Serve simulated cameras, show their events, and score the results in a last line of JSON."""
+    from services.demo import last_line, run
 
-    raise typer.Exit(run(seconds))
+    settings = load_settings(config, {} if port is None else {"server.port": port})
+    typer.echo(last_line(run(settings, seconds, typer.echo)))
 
 
 @app.command()
@@ -319,7 +322,7 @@ def tail_events(
 @models_app.command("list")
 def list_models(as_json: Json = False) -> None:
     """Models at hand on this machine."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name, path in sorted(available_models().items()):
         recipe, card = read_card(path)
         found.append(
@@ -336,8 +339,10 @@ def list_models(as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    rows = [("NAME", "MODE", "BACKBONE", "INPUT", "LABELS")]
-    rows += [(m["name"], m["mode"], m["backbone"], f"{m['input_px']} px", " ".join(m["labels"])) for m in found]
+    rows: list[tuple[str, ...]] = [("NAME", "MODE", "BACKBONE", "INPUT", "LABELS")]
+    for model in found:
+        labels = " ".join(model["labels"])
+        rows.append((model["name"], model["mode"], model["backbone"], f"{model['input_px']} px", labels))
     _table(rows)
 
 

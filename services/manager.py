@@ -386,7 +386,7 @@ def _shown(spec: StreamSpec, status: StreamStatus | None, alive: set[str]) -> St
         state: StreamState = "STARTING" if spec.enabled else "STOPPED"
         message = "waiting for a replica" if spec.enabled else ""
         return StreamStatus(state=state, status_message=message, since=spec.created_at.timestamp())
-    if status.worker in alive or status.state in ("STOPPED", "ENDED"):
+    if status.worker is None or status.worker in alive or status.state in ("STOPPED", "ENDED"):
         if spec.enabled and status.state == "STOPPED":
             return status.model_copy(update={"state": "STARTING", "status_message": "waiting for a replica"})
         return status
