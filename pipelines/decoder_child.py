@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import socket
@@ -31,6 +32,14 @@ CLOCK_HZ = 90_000
 TICK = Fraction(1, CLOCK_HZ)
 
 stopping = threading.Event()
+
+
+class Redacting(logging.Formatter):
+    """libav's own lines in the same manner."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line without secrets."""
+        return redact(f"[{record.name}] [{record.levelname.lower()}] {record.getMessage().strip()}")
 
 
 def say(level: str, text: str) -> None:
@@ -116,6 +125,10 @@ def main() -> int:
     job = json.load(sys.stdin)
     die_with_parent(int(job["parent_pid"]))
     stop_on_sigterm()
+    handler = logging.StreamHandler()
+    handler.setFormatter(Redacting())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    av.logging.set_level(av.logging.ERROR)
     try:
         decode(job)
     except BrokenPipeError:

@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -132,8 +133,9 @@ class SourceConfig:
     """Where one stream's frames come from and how patient to be. Credentials in the uri are split off at birth.
 
     decoder: `auto` is ffmpeg, or pyav (our own child) for a source with credentials; those go through pyav whatever
-    is asked for, because a command line is public. min_side_px: the decoder keeps at least this short side, or the
-    source's own if that is smaller. realtime and loop concern files. Raises BadSource.
+    is asked for, because a command line is public. So does rtsps, because ffmpeg 5 does not check certificates;
+    authorities beyond the system's are taken from SSL_CERT_FILE. min_side_px: the decoder keeps at least this short
+    side, or the source's own if that is smaller. realtime and loop concern files. Raises BadSource.
     """
 
     stream_id: str
@@ -170,6 +172,11 @@ class SourceConfig:
     def is_secret(self) -> bool:
         """True when the address must not be seen in a command line."""
         return self.username is not None or self.password is not None or has_secret(self.uri)
+
+    @property
+    def own_decoder(self) -> bool:
+        """True when our own child decodes, not ffmpeg."""
+        return self.decoder == "pyav" or self.is_secret or self.uri.startswith("rtsps:")
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -246,7 +253,11 @@ def _input_options(config: SourceConfig) -> dict[str, str]:
     """Demuxer options for both decoders."""
     if config.is_file:
         return {"protocol_whitelist": "file", "format_whitelist": FILE_FORMATS}
-    return {
+    tls = {}
+    if config.uri.startswith("rtsps:"):
+        authorities = ssl.get_default_verify_paths()
+        tls = {"tls_verify": "1"} | ({"ca_file": authorities.cafile} if authorities.cafile else {})
+    return tls | {
         "protocol_whitelist": "tcp,udp,rtp,tls",
         "rtsp_transport": config.rtsp_transport,
         "timeout": str(round(config.io_timeout_s * 1e6)),
@@ -269,7 +280,7 @@ class Decoder:
         self.lines: deque[str] = deque(maxlen=60)
         self.started_s = time.monotonic()
         self._sized = threading.Event()
-        own = config.decoder == "pyav" or config.is_secret
+        own = config.own_decoder
         if own:
             command, job = _child_job(config)
             environment = {**os.environ, "PYTHONPATH": _python_path()}
