@@ -3,9 +3,9 @@
 The camera's clock starts when the camera is made and never stops: frame n is due `n / fps` seconds later, watched or
 not. Its RTP timestamps are `rtp_base + n * 90000 / fps` (modulo 2^32: 13 hours), and a viewer is told `rtp_base` as the
 timestamp of time 0. A client that believes this (PyAV; ffmpeg with `-copyts`) sees `pts_s = n / fps`, with and without
-RTCP sender reports. Two habits of libavformat's parser, seen in 5.1, 8.1 and 9.0: the first picture of a session has no
-pts (PyAV: None; ffmpeg: 0), and ffmpeg without `-copyts` counts from the second: its pts 0 is `first_frame + 1`.
-`frame_number` undoes the first kind, `SessionInfo.frame_number` the second.
+RTCP sender reports, on every picture but a session's first: libavformat's parser gives that one no pts (PyAV: None;
+ffmpeg: 0; seen in 5.1, 8.1 and 9.0). ffmpeg without `-copyts` is of no use here: it counts from the session's second
+picture, or from time 0 when it had not seen that one before it began.
 """
 
 from __future__ import annotations
@@ -392,10 +392,6 @@ class SessionInfo:
     frames: int = 0
     skipped: int = 0
     packets_lost: int = 0
-
-    def frame_number(self, pts_s: float, fps: float) -> int:
-        """The camera's number of a picture whose pts ffmpeg counted from 0 (no `-copyts`), the first one excepted."""
-        return (self.first_frame or 0) + 1 + round(pts_s * fps)
 
 
 class Viewer(Protocol):
