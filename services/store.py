@@ -556,23 +556,29 @@ return redis.call('DEL', KEYS[1])
 """)
 
 PUBLISH = Script("""
--- KEYS specs, leases, statuses, sequences, events, scores.
--- ARGV id, token (empty: nobody's), status or empty, events kept, scores kept, number of events, events.., scores..
-local held = redis.call('HGET', KEYS[2], ARGV[1]) or ''
-if held ~= ARGV[2] or redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-if ARGV[3] ~= '' then redis.call('HSET', KEYS[3], ARGV[1], ARGV[3]) end
+-- KEYS specs, leases, statuses, sequences, (events, scores) of each stream. ARGV events kept, scores kept, and of each
+-- stream: id, token (empty: nobody's), status or empty, number of events, number of scores, events.., scores..
 local clock = redis.call('TIME')
 local at = clock[1] .. '.' .. string.format('%06d', clock[2])
-local last_event = 6 + tonumber(ARGV[6])
-for i = 7, #ARGV do
-  if i <= last_event then
-    local sequence = redis.call('HINCRBY', KEYS[4], ARGV[1], 1)
-    redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[4], string.format('%d-0', sequence), 'r', ARGV[i], 't', at)
-  else
-    redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[5], '*', 'r', ARGV[i], 't', at)
+local done, arg = {}, 3
+for key = 5, #KEYS, 2 do
+  local id, events, scores = ARGV[arg], tonumber(ARGV[arg + 3]), tonumber(ARGV[arg + 4])
+  local held = redis.call('HGET', KEYS[2], id) or ''
+  local fresh = held == ARGV[arg + 1] and redis.call('HEXISTS', KEYS[1], id) == 1
+  if fresh then
+    if ARGV[arg + 2] ~= '' then redis.call('HSET', KEYS[3], id, ARGV[arg + 2]) end
+    for i = arg + 5, arg + 4 + events do
+      local entry = string.format('%d-0', redis.call('HINCRBY', KEYS[4], id, 1))
+      redis.call('XADD', KEYS[key], 'MAXLEN', '~', ARGV[1], entry, 'r', ARGV[i], 't', at)
+    end
+    for i = arg + 5 + events, arg + 4 + events + scores do
+      redis.call('XADD', KEYS[key + 1], 'MAXLEN', '~', ARGV[2], '*', 'r', ARGV[i], 't', at)
+    end
   end
+  done[#done + 1] = fresh and 1 or 0
+  arg = arg + 5 + events + scores
 end
-return 1
+return done
 """)
 
 SAVE = Script("""
@@ -731,17 +737,14 @@ class RedisStore(StateStore):
     def publish_many(self, publications: Sequence[Publication]) -> list[str]:
         if not publications:
             return []
-        calls = [
-            self._publication(lease.stream_id, _token(lease), status, events, scores)
-            for lease, status, events, scores in publications
-        ]
-        with self._world():
-            written = _run_many(self._main, PUBLISH, calls)
+        written = self._publish(
+            (lease.stream_id, _token(lease), status, events, scores) for lease, status, events, scores in publications
+        )
         return [lease.stream_id for (lease, *_), done in zip(publications, written, strict=True) if not done]
 
     @override
     def announce(self, stream_id: str, status: StreamStatus, *, events: Sequence[Record] = ()) -> None:
-        if not self._run(PUBLISH, *self._publication(stream_id, "", status, events, ())):
+        if not self._publish([(stream_id, "", status, events, ())])[0]:
             raise _not_free(stream_id)
 
     @override
@@ -870,21 +873,19 @@ class RedisStore(StateStore):
 
     def _run(self, script: Script, keys: list[str], args: list[Any]) -> Any:
         with self._world():
-            return _run_many(self._main, script, [(keys, args)])[0]
+            return _run(self._main, script, keys, args)
 
-    def _publication(
-        self,
-        stream_id: str,
-        token: str,
-        status: StreamStatus | None,
-        events: Sequence[Record],
-        scores: Sequence[Record],
-    ) -> tuple[list[str], list[Any]]:
+    def _publish(
+        self, batch: Iterable[tuple[str, str, StreamStatus | None, Sequence[Record], Sequence[Record]]]
+    ) -> list[int]:
         keys = [self._key(name) for name in ("specs", "leases", "statuses", "sequences")]
-        keys += [self._feed(("event", stream_id)), self._feed(("score", stream_id))]
-        args: list[Any] = [stream_id, token, status.model_dump_json() if status else ""]
-        args += [self._settings.events_kept, self._settings.scores_kept, len(events)]
-        return keys, [*args, *map(_dump, events), *map(_dump, scores)]
+        args: list[Any] = [self._settings.events_kept, self._settings.scores_kept]
+        for stream_id, token, status, events, scores in batch:
+            keys += [self._feed(("event", stream_id)), self._feed(("score", stream_id))]
+            args += [stream_id, token, status.model_dump_json() if status else "", len(events), len(scores)]
+            args += [*map(_dump, events), *map(_dump, scores)]
+        written: list[int] = self._run(PUBLISH, keys, args)
+        return written
 
     def _save(self, kind: str, lease: Lease, fields: list[Any]) -> None:
         target, ttl_ms = self._key(kind, lease.stream_id), int(1000 * self._settings.state_ttl_s)
@@ -896,7 +897,7 @@ class RedisStore(StateStore):
             with self._world():
                 done = self._main.hget(self._key("leases"), lease.stream_id) == _token(lease).encode()
             with self._world(self._states):
-                done = done and _run_many(self._states, SAVE_ELSEWHERE, [([target], tail)])[0]
+                done = done and _run(self._states, SAVE_ELSEWHERE, [target], tail)
         if not done:
             raise _stale(lease)
 
@@ -947,24 +948,12 @@ def _address(client: Any) -> str:
     return str(where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}")
 
 
-def _run_many(client: Any, script: Script, calls: list[tuple[list[str], list[Any]]]) -> list[Any]:
-    """Run a script once for each (keys, arguments), in one round trip; loads it where the server does not know it."""
-    if len(calls) == 1:
-        keys, args = calls[0]
-        try:
-            return [client.evalsha(script.sha, len(keys), *keys, *args)]
-        except redis.exceptions.NoScriptError:
-            return [client.eval(script.source, len(keys), *keys, *args)]
-    with client.pipeline(transaction=False) as pipe:
-        for keys, args in calls:
-            pipe.evalsha(script.sha, len(keys), *keys, *args)
-        answers = pipe.execute(raise_on_error=False)
-    for i, answer in enumerate(answers):
-        if isinstance(answer, redis.exceptions.NoScriptError):
-            answers[i] = client.eval(script.source, len(calls[i][0]), *calls[i][0], *calls[i][1])
-        elif isinstance(answer, Exception):
-            raise answer
-    return answers  # type: ignore[no-any-return]
+def _run(client: Any, script: Script, keys: list[str], args: list[Any]) -> Any:
+    """The script's answer; loads it where the server does not know it."""
+    try:
+        return client.evalsha(script.sha, len(keys), *keys, *args)
+    except redis.exceptions.NoScriptError:
+        return client.eval(script.source, len(keys), *keys, *args)
 
 
 def _token(lease: Lease) -> str:
