@@ -151,22 +151,18 @@ class Controller:
         self._looked_at = time.monotonic()
 
     def _reconcile(self, now: float) -> None:
-        specs = {spec.id: spec for spec in self._store.list_streams()}
-        leases = self._store.leases()
-        statuses = self._store.statuses()
-        replicas = self._store.replicas()
-        names = {replica.id for replica in replicas}
-        self._seen = {name: self._seen.get(name, now) for name in names}
+        specs, leases, statuses, replicas = self._store.survey()
+        self._seen = {name: self._seen.get(name, now) for name in replicas}
 
         calm = now - self._moved_at >= SETTLE_S
         if now < self._patient_until:
             calm = False
-            silent = {stream_id for stream_id, lease in leases.items() if lease.owner not in names}
+            silent = {stream_id for stream_id, lease in leases.items() if lease.owner not in replicas}
             specs = {stream_id: spec for stream_id, spec in specs.items() if stream_id not in silent}
             leases = {stream_id: lease for stream_id, lease in leases.items() if stream_id not in silent}
         settled = frozenset(name for name, since in self._seen.items() if now - since >= SETTLE_S)
         ended = frozenset(stream_id for stream_id, status in statuses.items() if status.state == "ENDED")
-        step = plan(specs.values(), leases, replicas, ended, settled if calm else frozenset())
+        step = plan(specs.values(), leases, replicas.values(), ended, settled if calm else frozenset())
 
         for stream_id in step.unassign:
             self._store.unassign(stream_id)
@@ -174,7 +170,7 @@ class Controller:
             with contextlib.suppress(StreamNotFound):  # deleted meanwhile
                 lease = self._store.assign(stream_id, replica_id)
                 before = leases.get(stream_id)
-                if before is not None and before.owner in names:
+                if before is not None and before.owner in replicas:
                     self._moved_at = now
                 log.info(
                     "stream %s: epoch %d on %s, before on %s",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -62,6 +62,15 @@ class StoreDown(WorldError):  # noqa: N818
     reason = "store_unavailable"
 
 
+class Survey(NamedTuple):
+    """What should be and what is, at one instant; each sorted by id."""
+
+    specs: dict[str, StreamSpec]
+    leases: dict[str, Lease]
+    statuses: dict[str, StreamStatus]
+    replicas: dict[str, ReplicaInfo]
+
+
 class StateStore(Protocol):
     """Registry, leases, heartbeats, feeds, pictures and states of all streams. Thread-safe.
 
@@ -95,6 +104,9 @@ class StateStore(Protocol):
 
     def retire(self, replica_id: str) -> None:
         """Forget a replica at once: the last act of a planned drain. Stop its heartbeats first."""
+
+    def survey(self) -> Survey:
+        """Specifications, leases, statuses and live replicas, in one round trip."""
 
     def lead(self, owner: str, ttl_ms: int) -> bool:
         """True while `owner` is the leader, for `ttl_ms` from now; takes a free leadership, renews its own."""
@@ -300,6 +312,12 @@ class MemoryStore(StateStore):
     def retire(self, replica_id: str) -> None:
         with self._lock:
             self._replicas.pop(replica_id)
+
+    @override
+    def survey(self) -> Survey:
+        with self._lock:
+            specs = {spec.id: spec for spec in self.list_streams()}
+            return Survey(specs, self.leases(), self.statuses(), self._replicas.live())
 
     @override
     def lead(self, owner: str, ttl_ms: int) -> bool:
@@ -619,6 +637,19 @@ return redis.call('HGETALL', KEYS[1])
 """)
 
 
+SURVEY = Script("""
+-- KEYS specs, leases, statuses, replicas, ends of replicas
+local clock = redis.call('TIME')
+local now = string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000))
+local live = {}
+for _, key in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '(' .. now, '+inf')) do
+  live[#live + 1] = key
+  live[#live + 1] = redis.call('HGET', KEYS[4], key)
+end
+return {redis.call('HGETALL', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3]), live}
+""")
+
+
 class RedisStore(StateStore):
     """A StateStore in Redis or Valkey (6.2 or newer, no cluster mode); as durable as the server's append-only file.
 
@@ -680,8 +711,7 @@ class RedisStore(StateStore):
 
     @override
     def replicas(self) -> list[ReplicaInfo]:
-        found = self._get_expiring("replicas")
-        return [ReplicaInfo.model_validate_json(found[replica_id]) for replica_id in sorted(found)]
+        return [ReplicaInfo.model_validate_json(raw) for raw in self._get_expiring("replicas").values()]
 
     @override
     def retire(self, replica_id: str) -> None:
@@ -689,6 +719,17 @@ class RedisStore(StateStore):
             pipe.hdel(self._key("replicas"), replica_id)
             pipe.zrem(self._key("replicas", "ends"), replica_id)
             pipe.execute()
+
+    @override
+    def survey(self) -> Survey:
+        keys = [self._key(name) for name in ("specs", "leases", "statuses", "replicas", "replicas:ends")]
+        specs, leases, statuses, replicas = map(_pairs, self._run(SURVEY, keys, []))
+        return Survey(
+            {stream_id: _spec(raw) for stream_id, raw in specs.items()},
+            {stream_id: _lease(stream_id, raw.decode()) for stream_id, raw in leases.items()},
+            {stream_id: StreamStatus.model_validate_json(raw) for stream_id, raw in statuses.items()},
+            {name: ReplicaInfo.model_validate_json(raw) for name, raw in replicas.items()},
+        )
 
     @override
     def lead(self, owner: str, ttl_ms: int) -> bool:
@@ -852,7 +893,7 @@ class RedisStore(StateStore):
 
     @override
     def metrics(self) -> dict[str, str]:
-        return {replica_id: text.decode() for replica_id, text in sorted(self._get_expiring("metrics").items())}
+        return {replica_id: text.decode() for replica_id, text in self._get_expiring("metrics").items()}
 
     @override
     def ping(self) -> None:
@@ -905,8 +946,7 @@ class RedisStore(StateStore):
         self._run(PUT_EXPIRING, [self._key(name), self._key(name, "ends")], [key, value, ttl_ms])
 
     def _get_expiring(self, name: str) -> dict[str, bytes]:
-        flat = self._run(GET_EXPIRING, [self._key(name), self._key(name, "ends")], [])
-        return {key.decode(): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
+        return _pairs(self._run(GET_EXPIRING, [self._key(name), self._key(name, "ends")], []))
 
     @contextmanager
     def _world(self, client: Any = None) -> Iterator[None]:
@@ -954,6 +994,11 @@ def _run(client: Any, script: Script, keys: list[str], args: list[Any]) -> Any:
         return client.evalsha(script.sha, len(keys), *keys, *args)
     except redis.exceptions.NoScriptError:
         return client.eval(script.source, len(keys), *keys, *args)
+
+
+def _pairs(flat: list[bytes]) -> dict[str, bytes]:
+    """A hash as scripts give it, sorted by key."""
+    return dict(sorted(zip(map(bytes.decode, flat[::2]), flat[1::2], strict=True)))
 
 
 def _token(lease: Lease) -> str:

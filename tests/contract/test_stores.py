@@ -377,6 +377,21 @@ def test_silent_replica_is_dead(store: StateStore) -> None:
     assert [r.id for r in store.replicas()] == ["a"]
 
 
+def test_survey_sees_all_at_once(store: StateStore) -> None:
+    assert store.survey() == ({}, {}, {}, {})
+    for name in ("b", "a"):
+        store.publish(owned(store, name, owner="r"), status=status())
+    store.heartbeat(replica("r"), ttl_ms=60_000)
+    store.heartbeat(replica("dead"), ttl_ms=100)
+    time.sleep(0.2)
+    survey = store.survey()
+    assert list(survey.specs.values()) == store.list_streams()
+    assert survey.leases == store.leases()
+    assert survey.statuses == store.statuses()
+    assert list(survey.specs) == list(survey.leases) == list(survey.statuses) == ["a", "b"]
+    assert survey.replicas == {"r": replica("r")}
+
+
 def test_leadership_goes_over_when_the_leader_is_silent(store: StateStore) -> None:
     assert store.lead("a", 400)
     assert not store.lead("b", 400)
