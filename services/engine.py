@@ -386,25 +386,29 @@ class Engine:
     def _end(self, session: Session, why: str, ends: list[dict[str, Any]]) -> None:
         """The slow part of closing."""
         session.stop_source()
-        event = session.settle("STOPPED") if why == "stopped" else None
-        outlet = self._outlets.pop(session)
-        outlet.close()
+        self._outlets.pop(session).close()
         self.telemetry.forget(session.id)
-        if event is not None:
-            try:
-                # nobody owns it any more: fenced writes are over, and a stream that was deleted refuses this one
-                self.store.announce(session.id, session.status(), events=[*ends, event])
-            except StaleLease:
-                log.debug("%s: has a new owner or is gone", session.id)
-            except WorldError as error:
-                self._store_errors["announce"] += 1
-                log.warning("%s: the end could not be announced: %s", session.id, error)
+        if why != "stopped":
+            return
+        event = session.settle("STOPPED") if session.state != "ENDED" else None
+        try:
+            # nobody owns it any more: fenced writes are over, and a stream that was deleted refuses this one
+            known = self.store.status(session.id)
+            if event is not None and (known is None or known.state != "STOPPED"):
+                ends = [*ends, event]
+            self.store.announce(session.id, session.status(), events=ends)
+        except StaleLease:
+            log.debug("%s: has a new owner or is gone", session.id)
+        except WorldError as error:
+            self._store_errors["announce"] += 1
+            log.warning("%s: the end could not be announced: %s", session.id, error)
 
     def _finish(self, session: Session) -> None:
+        """A file is over: what is open ends, and both are told in one write, after which the lease may go."""
         with self._lock.between():
             events = session.finish()
-        if events:
-            self._outlets[session].emit(events)
+        event = session.settle("ENDED", "the file is over")
+        self._outlets[session].announce([*events, event] if event else events)
 
     def _hand_over(self, session: Session) -> None:
         """Save, publish what is left, give the lease back: the next owner goes on where this one stopped."""

@@ -328,9 +328,12 @@ class Session:
             self._on_ready(self.queue)
 
     def on_state(self, state: SourceState) -> None:
-        """The source's state has changed."""
+        """The source's state has changed. A file that is over ends once its last frame went through."""
+        if self.frozen:
+            return
         self._source_state = state
-        self._change(state.state, state.message)
+        if state.state != "ENDED":
+            self._change(state.state, state.message)
 
     # ---- from the batching loop
 
@@ -423,8 +426,8 @@ class Session:
 
     @property
     def ended(self) -> bool:
-        """True when a file is over and its last frame was processed."""
-        return self._source_state.state == "ENDED" and not self.queue.waiting
+        """True when a file is over, its last frame was processed and nobody was told yet."""
+        return self._source_state.state == "ENDED" and self._state != "ENDED" and not self.queue.waiting
 
     @property
     def state(self) -> StreamState:

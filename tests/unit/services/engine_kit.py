@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
 from pipelines.sources import SourceConfig, SourceCounters, SourceState
 from services.engine import Engine
-from services.schemas import SourceSpec, StreamSpec
+from services.schemas import Lease, SourceSpec, StreamSpec
 from services.settings import EngineSettings, ModelSettings, Settings
 from services.store import StateStore
 from tsm_core.model import TSM, WindowTSM, build
@@ -19,8 +20,10 @@ from tsm_core.recipes import MOTION9
 from tsm_core.types import Frame
 
 MODEL = "motion9"
+torch.set_num_threads(1)  # as an engine does; more threads than cores wait for each other
 
 
+@lru_cache
 def small_model(seed: int = 0) -> TSM:
     """The demo's network with random weights and lively logits."""
     torch.manual_seed(seed)
@@ -130,7 +133,12 @@ def give(store: StateStore, engine: Engine, *specs: StreamSpec) -> None:
         if each.id not in known:
             store.put_stream(each, create=True)
         lease = store.assign(each.id, engine.id)
-        wait(lambda e=each, x=lease: (s := engine.sessions.get(e.id)) is not None and s.lease == x and s.source is not None)
+        wait(lambda e=each, x=lease: _serves(engine, e.id, x))
+
+
+def _serves(engine: Engine, stream_id: str, lease: Lease) -> bool:
+    session = engine.sessions.get(stream_id)
+    return session is not None and session.lease == lease and session.source is not None
 
 
 def wait(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
