@@ -99,6 +99,7 @@ class Controller:
         self._alive_at = time.monotonic()
         self._patient_until = 0.0
         self._seen: dict[str, float] = {}  # live replicas, since when
+        self._ended: dict[str, int] = {}  # files that are over, and the revision that was served
         self._moved_at = 0.0
 
     def start(self) -> None:
@@ -161,7 +162,9 @@ class Controller:
             specs = {stream_id: spec for stream_id, spec in specs.items() if stream_id not in silent}
             leases = {stream_id: lease for stream_id, lease in leases.items() if stream_id not in silent}
         settled = frozenset(name for name, since in self._seen.items() if now - since >= SETTLE_S)
-        ended = frozenset(stream_id for stream_id, status in statuses.items() if status.state == "ENDED")
+        over = {stream_id for stream_id, status in statuses.items() if status.state == "ENDED"} & specs.keys()
+        self._ended = {stream_id: self._ended.get(stream_id, specs[stream_id].revision) for stream_id in over}
+        ended = frozenset(name for name, revision in self._ended.items() if specs[name].revision == revision)
         step = plan(specs.values(), leases, replicas.values(), ended, settled if calm else frozenset())
 
         for stream_id in step.unassign:

@@ -232,6 +232,23 @@ def test_stopped_stream_keeps_its_counters(store: UnreachableStore, lead: Callab
     until(lambda: owners(store) == {"a": "X"})
 
 
+def test_ended_file_is_served_again_when_its_specification_changes(
+    store: UnreachableStore, lead: Callable[[str], Controller]
+) -> None:
+    store.put_stream(spec("a"), create=True)
+    store.heartbeat(replica("X"), ttl_ms=60_000)
+    lead("one")
+    until(lambda: owners(store) == {"a": "X"})
+    store.publish(store.leases()["a"], status=StreamStatus(state="ENDED", since=1.0))
+    until(lambda: owners(store) == {})
+    time.sleep(5 * SETTINGS.tick_s)
+    assert owners(store) == {}
+    store.put_stream(spec("a").model_copy(update={"revision": 2}), create=False)
+    until(lambda: owners(store) == {"a": "X"})
+    time.sleep(5 * SETTINGS.tick_s)
+    assert store.leases()["a"].epoch == 2, "and stays there"
+
+
 def test_second_controller_takes_over(store: UnreachableStore, lead: Callable[[str], Controller]) -> None:
     first, second = lead("one"), lead("two")
     until(lambda: first.leading or second.leading)
