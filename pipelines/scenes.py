@@ -404,7 +404,8 @@ def _draw_background(random: np.random.Generator, hue: float, size_px: int) -> P
         pattern = np.sin(along) * np.sin(across)
     pattern = pattern + 0.8 * (_noise(random, max(8, min(40, size_px // 3)), size_px) - 0.5)
     picture = picture * (1 + float(random.uniform(0.05, 0.14)) * pattern[..., None])
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    pixels: Pixels = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _outline_style(random: np.random.Generator) -> tuple[int, float]:
@@ -416,8 +417,7 @@ def _outline_style(random: np.random.Generator) -> tuple[int, float]:
 
 def _outline(style: tuple[int, float], angle: Floats) -> Floats:
     petals, depth = style
-    radius: Floats = 1 - depth * (0.5 - 0.5 * np.cos(petals * angle))
-    return radius
+    return (1 - depth * (0.5 - 0.5 * np.cos(petals * angle))).astype(np.float32)
 
 
 def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, float], half_px: int) -> Pixels:
@@ -461,4 +461,5 @@ def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, floa
     picture[outside] = _color(hue, 0.6, 0.12)
     halo = 0.4 * np.clip(1 - (radius - bound) / (_MARGIN - 1), 0, 1) ** 2
     alpha = np.where(outside, halo, 1.0)[..., None] * 255
-    return np.clip(np.concatenate([picture, alpha], axis=2) + 0.5, 0, 255).astype(np.uint8)
+    pixels: Pixels = np.clip(np.concatenate([picture, alpha], axis=2) + 0.5, 0, 255).astype(np.uint8)
+    return pixels
