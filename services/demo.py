@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import httpx
+
+from pipelines.camera import frame_number
+from pipelines.simulator import SimulatorClient, start_simulator
+from services.settings import Settings, StoreSettings
+from services.store import StateStore, open_store
+from tsm_core.errors import WorldError
+
+CAMERAS = 4
+FPS = 15.0
+READY_S = 60.0  # longest wait for all cameras to run
+QUIET_S = 1.5  # counters that stand still for so long have counted everything
 
 LEAST_INTERVAL_S = 2.0  # shorter intervals of the script are not judged
 SETTLE_S = 1.0  # nor is the first second after a change
@@ -117,3 +135,144 @@ def demo_score(pairs: Sequence[tuple[CameraTruth, CameraResult]], replicas: int)
         "label_accuracy": round(sum(a == b for a, b in judged) / len(judged), 4) if judged else None,
         "latency_ms": percentiles(latencies),
     }
+
+
+class Collector:
+    """Reads every score and event of some streams as they are published, from a thread of its own."""
+
+    def __init__(self, store: StateStore, streams: Sequence[str], on_event: Callable[[dict[str, Any]], None]) -> None:
+        self.scores: dict[str, list[dict[str, Any]]] = {stream: [] for stream in streams}
+        self.events: dict[str, list[dict[str, Any]]] = {stream: [] for stream in streams}
+        self._store = store
+        self._on_event = on_event
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="demo-collector", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Read what is there and end."""
+        self._over.set()
+        self._thread.join(5)
+
+    def _follow(self) -> None:
+        cursors: dict[Any, str | int] = {(kind, stream): 0 for stream in self.scores for kind in ("event", "score")}
+        while True:
+            last = self._over.is_set()
+            for kind, stream, position, record in self._store.tail(cursors, 0.2):
+                cursors[kind, stream] = position
+                if kind == "score":
+                    self.scores[stream].append(record)
+                else:
+                    self.events[stream].append(record)
+                    self._on_event(record)
+            if last:
+                return
+
+
+def describe(event: Mapping[str, Any]) -> str:
+    """One line of an event for people."""
+    data = event["data"]
+    clock = time.strftime("%H:%M:%S", time.localtime(event["published_s"]))
+    if ".action." not in event["type"]:
+        message = f"  {data['status_message']}" if data["status_message"] else ""
+        return f"{clock}  {data['stream_id']:<10} {data['before'] or '-'} -> {data['after']}{message}"
+    length = (data["end_time"] or data["frame_time"]) - data["start_time"]
+    return f"{clock}  {data['stream_id']:<10} {data['type']:<7}{data['label']:<18} {data['score']:.2f}  {length:5.1f} s"
+
+
+def run(settings: Settings, seconds: float | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Play simulated cameras to the real service and score it; until Ctrl-C when `seconds` is None.
+
+    Prints the page's address and every event as it arrives; returns the score. Raises WorldError when a camera's
+    stream does not come up.
+    """
+    from services.app import run_service  # ray is slow to import, and scoring needs none of it
+
+    streams = [f"camera-{number}" for number in range(1, CAMERAS + 1)]
+    with ExitStack() as stack:
+        say(f"starting {CAMERAS} simulated RTSP cameras ...")
+        mounts = {stream: f"scene:{seed}" for seed, stream in enumerate(streams, start=1)}
+        simulator = stack.enter_context(start_simulator(mounts, fps=FPS))
+        clients = {stream: SimulatorClient(url) for stream, url in zip(streams, simulator.urls, strict=True)}
+        if settings.store.url is None:
+            data_dir = stack.enter_context(TemporaryDirectory(prefix="tsm-demo-", ignore_cleanup_errors=True))
+            store_settings = settings.store.model_copy(update={"data_dir": data_dir})
+            settings = settings.model_copy(update={"store": store_settings})
+        say("starting the service: store, controller, engine replicas, page (some 20 s) ...")
+        service = run_service(settings)
+        stack.callback(service.stop)
+        store = open_store(StoreSettings(url=service.store_url, prefix=settings.store.prefix))
+        stack.callback(store.close)
+        collector = Collector(store, streams, lambda event: say(describe(event)))
+        stack.callback(collector.stop)
+        with httpx.Client(base_url=service.url, timeout=30) as http:
+            for stream, url in zip(streams, simulator.urls, strict=True):
+                http.post("/v1/streams", json={"id": stream, "source": {"uri": url}}).raise_for_status()
+        say(f"page: {service.url}/")
+        wait_running(store, streams)
+        say(f"cameras: {', '.join(simulator.urls)}")
+        say("Ctrl-C ends the demo" if seconds is None else f"running for {seconds:.0f} s ...")
+        try:
+            threading.Event().wait(seconds)
+        except KeyboardInterrupt:
+            say("ending ...")
+        replicas = len(store.replicas())
+        for client in clients.values():
+            client.set(dark=True)
+        time.sleep(0.3)  # the last frames are on their way
+        for client in clients.values():
+            client.disconnect()  # the decoders give up the frame they hold
+        wait_quiet(store, streams)
+        collector.stop()
+        pairs = []
+        for stream, client in clients.items():
+            status = store.status(stream)
+            log = client.log()
+            last = max(entry.frame_number for entry in log)
+            truth = CameraTruth(
+                stream, FPS, client.script(last + 1), {e.frame_number: e.sent_unix_s for e in log}, len(log)
+            )
+            result = CameraResult(
+                [{**record, "camera_frame": frame_number(record["pts_s"], FPS)} for record in collector.scores[stream]],
+                [
+                    {**event, "camera_frame": frame_number(event["data"]["pts_s"], FPS)}
+                    for event in collector.events[stream]
+                    if ".action." in event["type"]
+                ],
+                status.processed if status else 0,
+                status.dropped if status else {},
+            )
+            pairs.append((truth, result))
+    return demo_score(pairs, replicas)
+
+
+def wait_running(store: StateStore, streams: Sequence[str]) -> None:
+    """Return when every stream runs. Raises WorldError that says which one does not, and why."""
+    until = time.monotonic() + READY_S
+    while time.monotonic() < until:
+        statuses = store.statuses()
+        waiting = [stream for stream in streams if stream not in statuses or statuses[stream].state != "RUNNING"]
+        if not waiting:
+            return
+        time.sleep(0.1)
+    first = store.status(waiting[0])
+    why = f"{first.state}: {first.status_message}" if first else "no replica has taken it"
+    raise WorldError(f"{waiting[0]} does not run after {READY_S:.0f} s ({why})", reason="demo_failed")
+
+
+def wait_quiet(store: StateStore, streams: Sequence[str], limit_s: float = 10.0) -> None:
+    """Return when no counter of any stream has moved for a while."""
+    until = time.monotonic() + limit_s
+    before: Any = None
+    since = time.monotonic()
+    while time.monotonic() < until and time.monotonic() - since < QUIET_S:
+        statuses = store.statuses()
+        counters = [(statuses[s].processed, statuses[s].dropped) for s in streams if s in statuses]
+        if counters != before:
+            before, since = counters, time.monotonic()
+        time.sleep(0.1)
+
+
+def last_line(score: Mapping[str, Any]) -> str:
+    """The score as one line of JSON."""
+    return json.dumps(score, separators=(",", ":"))

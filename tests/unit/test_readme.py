@@ -1,0 +1,42 @@
+"""The README's commands exist as written: make targets, tsm commands with their options, and files it links to."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from services.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+TSM = sorted(set(re.findall(r"^\.venv/bin/tsm (.*)$", SHELL, re.MULTILINE)))
+MAKE = sorted(set(re.findall(r"(?:^|`|&& )make ([a-z-]+)", README, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("line", TSM)
+def test_tsm_command_parses(line: str):
+    words = shlex.split(line, comments=True)
+    command = typer.main.get_command(app)
+    context = command.make_context("tsm", words, resilient_parsing=False)
+    while hasattr(command, "resolve_command"):
+        _, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(command.name, list(rest), parent=context)
+    assert command.callback is not None
+
+
+@pytest.mark.parametrize("target", MAKE)
+def test_make_target_exists(target: str):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_linked_files_exist():
+    missing = [link for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) if not (ROOT / link).exists()]
+    assert not missing
+
+
+def test_there_are_commands_to_check():
+    assert len(TSM) >= 6
+    assert {"demo", "test", "serve", "check", "bench"} <= set(MAKE)
