@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import av
 import numpy as np
 from av.video.frame import PictureType
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from pipelines.rtp import CLOCK_HZ, Codec, ParameterSets, is_key, payloads, split_nals
@@ -206,7 +207,11 @@ class FileSource:
         return self._units[number % self.frames]
 
     def frame(self, number: int) -> Pixels:
-        """The picture `number`, uint8 (H, W, 3), RGB, sides even. Asking in order is quick."""
+        """The picture `number`, uint8 (H, W, 3), RGB. Asking in order is quick."""
+        return _rgb(self.picture(number))
+
+    def picture(self, number: int) -> av.VideoFrame:
+        """The picture `number` as the file's decoder gives it."""
         for _ in range(2):  # a file may decode to fewer pictures than its packets promise: then begin again
             wanted = number % self.frames
             if self._pictures is None or not self._next <= wanted <= self._next + SEEK_FRAMES:
@@ -214,7 +219,8 @@ class FileSource:
             for picture in self._pictures:
                 self._next += 1
                 if self._next > wanted:
-                    return _even(picture)
+                    found: av.VideoFrame = picture
+                    return found
             self.frames = max(1, self._next)
             self.close()
         raise UnusableVideo(f"{self.path.name} decodes to no pictures")
@@ -237,11 +243,11 @@ class FileSource:
                     self._pictures = chain([first], self._pictures)
                     return
 
-    def peek(self) -> Pixels:
+    def peek(self) -> av.VideoFrame:
         """The file's first picture, without moving `frame`'s place."""
         with av.open(str(self.path)) as container:
             for picture in container.decode(video=0):
-                return _even(picture)
+                return picture
         raise UnusableVideo(f"{self.path.name} decodes to no pictures")
 
     def close(self) -> None:
@@ -251,9 +257,8 @@ class FileSource:
         self._container = self._pictures = None
 
 
-def _even(picture: av.VideoFrame) -> Pixels:
-    image = picture.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-    return np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
+def _rgb(picture: av.VideoFrame) -> Pixels:
+    return picture.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
 
 
 def open_source(text: str, *, size_px: int = 320, fps: float = 15.0) -> Source:
@@ -294,12 +299,13 @@ class Encoder:
         }
         context.open()
         self.codec = codec
-        self.shape = (height, width)
+        self.size = (width, height)
         self._context = context
+        self._reformatter = VideoReformatter()
 
-    def encode(self, image: Pixels, pts: int, *, key: bool) -> list[bytes]:
-        """The NAL units of image (H, W, 3)."""
-        frame: Any = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+    def encode(self, picture: av.VideoFrame, pts: int, *, key: bool) -> list[bytes]:
+        """The NAL units of a picture, scaled to the encoder's size where it has another."""
+        frame: Any = self._reformatter.reformat(picture, *self.size, "yuv420p", threads=1)
         frame.pts = pts
         frame.pict_type = PictureType.I if key else PictureType.NONE
         return split_nals(b"".join(bytes(packet) for packet in self._context.encode(frame)))
@@ -444,7 +450,8 @@ class Camera:
         self._log: deque[LogEntry] = deque(maxlen=log_size)
         self._logged = 0
         self._sessions: deque[SessionInfo] = deque(maxlen=10_000)
-        self._sets: tuple[object, ParameterSets] | None = None
+        self._sets: tuple[Source, tuple[int, int] | None, ParameterSets] | None = None
+        self._sent: Source | None = None  # whose pictures went out last, as they were
         self._source = open_source(source) if isinstance(source, str) else source
         self._anchor = (time.monotonic(), 0.0)  # at this moment the camera's clock showed this frame
         self.fps = float(self._source.fps)
@@ -466,10 +473,14 @@ class Camera:
         return source.codec if source else self._codec
 
     def switch(self, source: Source | str) -> None:
-        """Look at something else from the next picture on. Its rate must be the camera's: time goes on."""
+        """Look at something else from the next picture on, of the same rate and codec: time and session go on."""
         new = open_source(source, fps=self.fps) if isinstance(source, str) else source
         if abs(new.fps - self.fps) > 0.01 * self.fps:
             raise CameraError(f"the camera runs at {self.fps:g} fps, the new source at {new.fps:g}: they must be equal")
+        if isinstance(new, FileSource) and new.encoded and new.codec != self.codec:
+            raise CameraError(
+                f"the camera sends {self.codec}, {new.path.name} is {new.codec}: open it with reencode=True"
+            )
         with self._lock:
             self._source = new
             self._key_wanted = True
@@ -595,29 +606,37 @@ class Camera:
         source = self._source
         return source if isinstance(source, FileSource) and source.encoded and not self.knobs.size else None
 
-    def _dressed(self, source: Source, image: Pixels, number: int) -> Pixels:
-        size = self.knobs.size
-        if size and (image.shape[1], image.shape[0]) != size:
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(width=size[0], height=size[1])
-            image = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-        burn = self._burn if self._burn is not None else not isinstance(source, FileSource)
-        return burn_frame_number(image, number) if burn else image
+    def _picture(self, source: Source, number: int, peek: bool = False) -> av.VideoFrame:
+        """What is to be encoded: the source's picture, with its number where numbers are burnt."""
+        if isinstance(source, FileSource):
+            picture = source.peek() if peek else source.picture(number)
+        else:
+            picture = av.VideoFrame.from_ndarray(source.frame(number), format="rgb24")
+        if self._burn if self._burn is not None else not isinstance(source, FileSource):
+            width, height = self._size_of(picture)
+            image = burn_frame_number(_rgb(picture.reformat(width, height, "rgb24", threads=1)), number)
+            picture = av.VideoFrame.from_ndarray(image, format="rgb24")
+        return picture
+
+    def _size_of(self, picture: av.VideoFrame) -> tuple[int, int]:
+        return self.knobs.size or (picture.width // 2 * 2, picture.height // 2 * 2)
+
+    def _encoder(self, picture: av.VideoFrame) -> Encoder:
+        return Encoder(self._codec, *self._size_of(picture), self.fps, self.bit_rate)
 
     def parameter_sets(self) -> ParameterSets:
         """SPS, PPS (and VPS) of what is sent now. Slow the first time: it encodes one picture."""
         source, size = self._source, self.knobs.size
-        if self._sets and self._sets[0] == (id(source), size):
-            return self._sets[1]
+        if self._sets and self._sets[0] is source and self._sets[1] == size:
+            return self._sets[2]
         if file := self._passthrough():
             codec, nals = file.codec, split_nals(file.unit(0)[0])
         else:
-            # a file's decoder belongs to the encoding thread
-            first = source.peek() if isinstance(source, FileSource) else source.frame(0)
-            codec, image = self._codec, self._dressed(source, first, 0)
-            encoder = Encoder(codec, image.shape[1], image.shape[0], self.fps, self.bit_rate)
-            nals = encoder.encode(image, 0, key=True)
+            # peek: a file's decoder belongs to the encoding thread
+            picture = self._picture(source, 0, peek=True)
+            codec, nals = self._codec, self._encoder(picture).encode(picture, 0, key=True)
         sets = ParameterSets.find(nals, codec)
-        self._sets = ((id(source), size), sets)
+        self._sets = (source, size, sets)
         return sets
 
     def _run(self) -> None:
@@ -655,20 +674,21 @@ class Camera:
             encoder = None
             data, key = file.unit(number)
             codec, nals = file.codec, split_nals(data)
-            gap = number != last + 1
+            gap = number != last + 1 or self._sent is not file
             if key and not ParameterSets.find(nals, codec).sps:
                 sets = self.parameter_sets()
                 nals = [*sets.vps, *sets.sps, *sets.pps, *nals]
         else:
-            image = self._dressed(source, source.frame(number), number)
-            if encoder is None or encoder.shape != image.shape[:2]:
-                encoder = Encoder(self._codec, image.shape[1], image.shape[0], self.fps, self.bit_rate)
+            picture = self._picture(source, number)
+            if encoder is None or encoder.size != self._size_of(picture):
+                encoder, last = self._encoder(picture), -1
             with self._lock:
                 asked, self._key_wanted = self._key_wanted, False
             group = max(1, round(self.fps))
             # an encoder refers to what it sent last, whatever its number: skipped numbers are no gap
-            nals = encoder.encode(image, number, key=asked or last < 0 or number // group != last // group)
+            nals = encoder.encode(picture, number, key=asked or last < 0 or number // group != last // group)
             codec, key = self._codec, is_key(nals, self._codec)
+        self._sent = file
         unit = AccessUnit(number, self.timestamp(number), key, payloads(nals, codec))
         with self._lock:
             viewers = list(self._viewers)

@@ -464,7 +464,10 @@ class RtspServer:
 
     def add(self, mount: str, camera: Camera) -> str:
         """Serve a camera below `mount`; returns its URL, which is complete once the server listens."""
-        self.cameras[mount.strip("/")] = camera
+        name = mount.strip("/")
+        if not name or name in self.cameras:
+            raise CameraError(f"mount {mount!r} is {'taken' if name else 'empty'}: give each camera a name of its own")
+        self.cameras[name] = camera
         if self._loop:
             camera.open()
         return self.url(mount)
