@@ -86,27 +86,30 @@ def preprocess(
     images: uint8 (3, H, W) each, RGB, of any sizes, or one uint8 (N, 3, H, W) tensor. Pictures of one size are worked
     on together. device None: where the images are. Raises ShapeError.
     """
-    for image in (
-        images if not isinstance(images, Tensor) else [images[0] if images.ndim == 4 and len(images) else images]
-    ):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ShapeError(f"image must be uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
     if not len(images):
         raise ShapeError("no images: preprocess needs at least one")
     target = torch.device(device) if device is not None else images[0].device
-    scale, shift = _scale(spec, target)
+    if isinstance(images, Tensor):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ShapeError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        return _to_input(images.permute(0, 2, 3, 1).contiguous(), spec, target)
     groups: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise ShapeError(f"image must be uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
         groups.setdefault((image.shape[1], image.shape[2]), []).append(index)
-    out: Tensor | None = None
-    for indices in groups.values():
-        # stacked as (N, H, W, 3): decoders give that order, and the resize is several times faster in it
-        rows = torch.stack([images[i].permute(1, 2, 0) for i in indices]).to(target, non_blocking=True)
-        pixels = resize_crop(rows.permute(0, 3, 1, 2), spec)
-        floats = (pixels.float() * scale).add_(shift).contiguous()
-        if len(groups) == 1:
-            return floats
-        out = floats.new_empty(len(images), *floats.shape[1:]) if out is None else out
-        out[indices] = floats
-    assert out is not None
-    return out
+    inputs = [
+        _to_input(torch.stack([images[index].permute(1, 2, 0) for index in indices]), spec, target)
+        for indices in groups.values()
+    ]
+    if len(inputs) == 1:
+        return inputs[0]
+    order = sorted(range(len(images)), key=[index for indices in groups.values() for index in indices].__getitem__)
+    return torch.cat(inputs)[order]
+
+
+def _to_input(rows: Tensor, spec: PreprocessSpec, device: torch.device) -> Tensor:
+    # rows uint8 (N, H, W, 3): decoders give that order, and the resize is several times faster in it
+    scale, shift = _scale(spec, device)
+    pixels = resize_crop(rows.to(device, non_blocking=True).permute(0, 3, 1, 2), spec)
+    return (pixels.float() * scale).add_(shift)

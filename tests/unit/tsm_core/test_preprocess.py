@@ -75,6 +75,8 @@ def test_wrong_input_is_named():
         preprocess([torch.zeros(3, 4, 4)], SHORT)
     with pytest.raises(ShapeError, match=r"\(4, 4, 3\)"):
         preprocess([torch.zeros(4, 4, 3, dtype=torch.uint8)], SHORT)
+    with pytest.raises(ShapeError, match=r"\(2, 4, 4, 3\)"):
+        preprocess(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), SHORT)
     with pytest.raises(ShapeError, match="no images"):
         preprocess([], SHORT)
     for wrong in ({"resize": "long"}, {"input_px": 300}, {"std": (1, 0, 1)}, {"mean": (0.5,)}):
