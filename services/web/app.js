@@ -124,7 +124,6 @@ function serverNow() {
 // ---------------------------------------------------------------- one tile
 
 const AWAY = new Set(["RESTARTING", "FAILED", "STOPPED", "STOPPING", "ENDED"]);
-const PICTURE = new Set(["STARTING", "RUNNING", "RESTARTING"]);
 
 class Tile {
   constructor(spec) {
@@ -137,7 +136,7 @@ class Tile {
     this.newsAt = performance.now();
     this.visible = false;
     this.mode = "none"; // where the picture comes from: none | mjpeg | poll
-    this.pictureAt = 0;
+    this.polling = false;
     this.dirty = true;
 
     this.root = el("tile-template").content.firstElementChild.cloneNode(true);
@@ -156,9 +155,7 @@ class Tile {
     );
     this.setSpec(spec);
 
-    const { image, start, stop, remove, canvas } = this.parts;
-    image.addEventListener("error", () => this.pictureFailed());
-    image.addEventListener("load", () => { this.waiting = false; });
+    const { start, stop, remove, canvas } = this.parts;
     start.addEventListener("click", () => act(this, "start"));
     stop.addEventListener("click", () => act(this, "stop"));
     remove.addEventListener("click", () => act(this, "remove"));
@@ -247,35 +244,39 @@ class Tile {
   setMode(mode) {
     if (mode === this.mode) return;
     this.mode = mode;
-    this.waiting = false;
+    clearTimeout(this.pictureTimer);
     if (mode === "mjpeg") this.openPicture();
-    else if (mode === "none") this.closePicture();
-    else this.parts.image.removeAttribute("src"); // the next poll fills it; an open MJPEG must end now
+    else this.parts.image.removeAttribute("src"); // ends an open MJPEG at once; the next poll brings a picture
   }
 
   openPicture() {
-    this.waiting = true;
-    this.pictureAt = performance.now();
-    this.parts.image.src = streamPath(this.id, `/mjpeg?n=${Tile.pictures++}`);
-  }
-
-  pollPicture() {
-    const hasFrames = (this.status?.processed ?? 0) > 0 && this.state === "RUNNING";
-    if (this.mode !== "poll" || !hasFrames || (this.waiting && performance.now() - this.pictureAt < 5 * POLL_MS)) return;
-    this.waiting = true;
-    this.pictureAt = performance.now();
-    this.parts.image.src = streamPath(this.id, `/latest.jpg?n=${Tile.pictures++}`);
-  }
-
-  closePicture() {
-    this.parts.image.removeAttribute("src");
-  }
-
-  pictureFailed() {
-    this.waiting = false;
-    if (this.mode !== "mjpeg") return;
+    const { image } = this.parts;
     clearTimeout(this.pictureTimer);
-    this.pictureTimer = setTimeout(() => { if (this.mode === "mjpeg") this.openPicture(); }, 2_000);
+    image.onerror = () => {
+      this.pictureTimer = setTimeout(() => this.reopenPicture(), 2_000);
+    };
+    image.src = streamPath(this.id, `/mjpeg?n=${Tile.pictures++}`);
+  }
+
+  /** Load one picture beside the one that is shown, then show it. */
+  async pollPicture() {
+    if (this.mode !== "poll" || this.polling || !this.status?.processed || this.state !== "RUNNING") return;
+    this.polling = true;
+    const next = new Image();
+    next.className = "live";
+    next.alt = this.parts.image.alt;
+    next.src = streamPath(this.id, `/latest.jpg?n=${Tile.pictures++}`);
+    try {
+      await next.decode();
+      if (this.mode === "poll") {
+        this.parts.image.replaceWith(next);
+        this.parts.image = next;
+      }
+    } catch {
+      // no picture yet: the next poll asks again
+    } finally {
+      this.polling = false;
+    }
   }
 
   reopenPicture() {
@@ -292,7 +293,7 @@ class Tile {
     const { parts, figures } = this;
     const pictured = parts.image.naturalWidth > 0 && this.mode !== "none";
     const [wide, high] = status.source_size ?? [parts.image.naturalWidth, parts.image.naturalHeight];
-    this.root.classList.toggle("square", wide > 0 && wide < 1.25 * high);
+    this.root.classList.toggle("square", !wide || wide < 1.25 * high);
     const retry = (state === "RESTARTING" || state === "FAILED") && status.retry_at
       ? Math.max(0, Math.ceil(status.retry_at - seconds)) : null;
 
@@ -396,7 +397,7 @@ class Tile {
     this.samples.forEach(({ at, label, score, warm }, i) => {
       const next = this.samples[i + 1]?.at ?? now;
       const left = Math.floor(x(at));
-      const right = Math.floor(x(next - at > 1_000 ? at + 200 : next)); // no overlap: half-transparent ones would add up
+      const right = Math.floor(x(Math.min(next, at + 1_000))); // no overlap: half-transparent ones would add up
       context.globalAlpha = warm ? 1 : 0.45;
       context.fillStyle = canvasColour(label);
       if (right > left) context.fillRect(left, height * (1 - score), right - left, height * score);
@@ -463,7 +464,9 @@ function allocatePictures() {
   let left = LIVE_PICTURES;
   const wanted = new Map();
   for (const tile of tiles.values()) {
-    if (document.hidden || !tile.visible || !PICTURE.has(tile.state)) wanted.set(tile, "none");
+    // a camera that is away for a while keeps the connection that it has: its last picture stays
+    const lively = tile.state === "RUNNING" || (tile.mode !== "none" && ["STARTING", "RESTARTING"].includes(tile.state));
+    if (document.hidden || !tile.visible || !lively) wanted.set(tile, "none");
     else wanted.set(tile, left-- > 0 ? "mjpeg" : "poll");
   }
   // free connections before taking new ones
@@ -938,6 +941,10 @@ function checkFields(...names) {
   return true;
 }
 
+const STAGES = {
+  address: "Address", dns: "Host name", tcp: "Connection", rtsp: "RTSP", auth: "User and password",
+  sdp: "Description", key_frame: "First key frame", decode: "Decoding",
+};
 const ICONS = { good: "M3 8.5l3.5 3.5L13 4.5", bad: "M4 4l8 8M12 4l-8 8", skipped: "M4 8h8" };
 
 function stageIcon(kind) {
@@ -964,7 +971,7 @@ function stageLine(stage, advice) {
     line.append(node);
   };
   line.append(stageIcon(kind));
-  add("span", "stage", stage.name);
+  add("span", "stage", STAGES[stage.name] ?? stage.name);
   add("span", "ms", typeof stage.ms === "number" && kind !== "skipped" ? `${Math.round(stage.ms)} ms` : "");
   if (stage.detail) add("p", "detail", stage.detail);
   if (advice && kind === "bad") add("p", "hint", sentence(advice));

@@ -15,10 +15,8 @@ from pipelines.simulator import SimulatorProcess, start_simulator
 
 WEB = Path(__file__).parents[2] / "services" / "web"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update"
-).split()
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
 PICTURE = """(image) => {
   if (!image.naturalWidth) return null;
   const canvas = document.createElement("canvas");
@@ -73,6 +71,11 @@ def visit(browser: Browser, service, tmp_path: Path) -> Iterator[Visit]:
     page.close()
 
 
+def address_of(camera: SimulatorProcess) -> str:
+    """The camera's address without user and password."""
+    return "rtsp://" + camera.urls[0].removeprefix("rtsp://").rpartition("@")[2]
+
+
 def ask(url: str, method: str, body: object = None) -> None:
     request = urllib.request.Request(
         url, dumps(body).encode() if body else None, {"Content-Type": "application/json"}, method=method
@@ -83,10 +86,10 @@ def ask(url: str, method: str, body: object = None) -> None:
 def test_a_stream_comes_alive_and_goes(visit: Visit, service, camera: SimulatorProcess, tmp_path: Path):
     page, stream = visit.page, "page-yard"
     page.get_by_role("button", name="Add a stream").first.click()
-    address = camera.urls[0].split("://")[1].rpartition("@")[2]
-    page.get_by_label("Address").fill(f"rtsp://viewer:pass%20word@1@{address}")
+    host_and_path = address_of(camera).removeprefix("rtsp://")
+    page.get_by_label("Address").fill(f"rtsp://viewer:pass%20word@1@{host_and_path}")
     page.get_by_label("Stream id").fill(stream)
-    assert page.get_by_label("Address").input_value() == f"rtsp://{address}", "the password must leave the address"
+    assert page.get_by_label("Address").input_value() == address_of(camera), "the password must leave the address"
     assert page.get_by_label("Password").get_attribute("type") == "password"
 
     page.get_by_role("button", name="Probe").click()
@@ -126,7 +129,7 @@ def test_a_stream_comes_alive_and_goes(visit: Visit, service, camera: SimulatorP
 def test_a_failed_probe_says_where_and_what_helps(visit: Visit, camera: SimulatorProcess):
     page = visit.page
     page.get_by_role("button", name="Add a stream").first.click()
-    page.get_by_label("Address").fill(camera.urls[0].rpartition("@")[2].removeprefix("rtsp://").join(["rtsp://", ""]))
+    page.get_by_label("Address").fill(address_of(camera))
     page.get_by_label("User").fill("viewer")
     page.get_by_label("Password").fill("wrong-canary")
     page.get_by_role("button", name="Probe").click()
