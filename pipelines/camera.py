@@ -303,8 +303,10 @@ class Encoder:
         self._context = context
         self._reformatter = VideoReformatter()
 
-    def encode(self, picture: av.VideoFrame, pts: int, *, key: bool) -> list[bytes]:
-        """The NAL units of a picture, scaled to the encoder's size where it has another."""
+    def encode(self, picture: av.VideoFrame | Pixels, pts: int, *, key: bool) -> list[bytes]:
+        """The NAL units of a picture (arrays: uint8 (H, W, 3), RGB), scaled where the encoder has another size."""
+        if isinstance(picture, np.ndarray):
+            picture = av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame: Any = self._reformatter.reformat(picture, *self.size, "yuv420p", threads=1)
         frame.pts = pts
         frame.pict_type = PictureType.I if key else PictureType.NONE

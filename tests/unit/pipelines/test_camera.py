@@ -12,6 +12,7 @@ from PIL import Image
 from pipelines.camera import (
     Camera,
     CameraError,
+    Encoder,
     FileSource,
     Knobs,
     LogEntry,
@@ -22,6 +23,7 @@ from pipelines.camera import (
     open_source,
     read_frame_number,
 )
+from pipelines.rtp import is_key
 
 
 class Stripes:
@@ -159,6 +161,20 @@ def test_what_is_no_video_is_refused(tmp_path):
     for mount in ("scene:x", str(tmp_path / "missing.mp4")):
         with pytest.raises(CameraError):
             open_source(mount)
+
+
+@pytest.mark.parametrize("codec", ["h264", "h265"])
+def test_each_picture_is_one_access_unit_at_once(codec):
+    encoder, scene = Encoder(codec, 320, 320, 15.0, 1_000_000), SceneSource(4)
+    decoder = av.CodecContext.create({"h264": "h264", "h265": "hevc"}[codec], "r")
+    decoder.thread_count, read = 1, []
+    for n in range(12):
+        nals = encoder.encode(burn_frame_number(scene.frame(n), n), n, key=n % 5 == 0)
+        assert is_key(nals, codec) == (n % 5 == 0)
+        packet = av.Packet(b"".join(b"\0\0\0\1" + nal for nal in nals))
+        read += [read_frame_number(picture.to_ndarray(format="rgb24")) for picture in decoder.decode(packet)]
+    read += [read_frame_number(picture.to_ndarray(format="rgb24")) for picture in decoder.decode(None)]
+    assert read == list(range(12))
 
 
 # --- the camera
