@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from pipelines.camera import frame_number
+from pipelines.camera import SessionInfo, frame_number
 from pipelines.simulator import SimulatorClient, start_simulator
 from services.settings import Settings, StoreSettings
 from services.store import StateStore, open_store
@@ -169,6 +169,17 @@ class Collector:
                 return
 
 
+def camera_frame(pts_s: float, time_s: float, sessions: Sequence[SessionInfo]) -> int:
+    """The camera's number of a frame that arrived at `time_s`.
+
+    libavformat gives the first picture of a session no time of its own: it counts as the session's first frame.
+    """
+    if pts_s > 0:
+        return frame_number(pts_s, FPS)
+    begun = [session for session in sessions if session.started_unix_s <= time_s and session.first_frame is not None]
+    return begun[-1].first_frame or 0 if begun else 0
+
+
 def describe(event: Mapping[str, Any]) -> str:
     """One line of an event for people."""
     data = event["data"]
@@ -229,13 +240,20 @@ def run(settings: Settings, seconds: float | None = None, say: Callable[[str], N
             status = store.status(stream)
             log = client.log()
             last = max(entry.frame_number for entry in log)
+            sessions = client.sessions()
             truth = CameraTruth(
                 stream, FPS, client.script(last + 1), {e.frame_number: e.sent_unix_s for e in log}, len(log)
             )
             result = CameraResult(
-                [{**record, "camera_frame": frame_number(record["pts_s"], FPS)} for record in collector.scores[stream]],
                 [
-                    {**event, "camera_frame": frame_number(event["data"]["pts_s"], FPS)}
+                    {**record, "camera_frame": camera_frame(record["pts_s"], record["time_s"], sessions)}
+                    for record in collector.scores[stream]
+                ],
+                [
+                    {
+                        **event,
+                        "camera_frame": camera_frame(event["data"]["pts_s"], event["data"]["frame_time"], sessions),
+                    }
                     for event in collector.events[stream]
                     if ".action." in event["type"]
                 ],
