@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from fractions import Fraction
 from typing import Any
 from urllib.parse import urlsplit
@@ -74,16 +75,31 @@ def scaled_size(width: int, height: int, min_side_px: int) -> tuple[int, int]:
     return max(2, 2 * round(width * factor / 2)), max(2, 2 * round(height * factor / 2))
 
 
+def open_source(uri: str, options: dict[str, str]) -> Any:
+    """The opened container. libavformat calls silence and nonsense by the same name: the clock tells them apart."""
+    began = time.monotonic()
+    try:
+        return av.open(uri, options=options)
+    except av.error.InvalidDataError:
+        if "timeout" not in options:
+            raise
+        if time.monotonic() - began >= 0.9 * int(options["timeout"]) / 1e6:
+            raise TimeoutError("no answer: Connection timed out") from None
+        raise ValueError("no RTSP answer: Invalid data found") from None
+
+
 def decode(job: dict[str, Any]) -> None:
     """Open, decode, scale and write until the source ends."""
     uri, min_side_px = str(job["uri"]), int(job["min_side_px"])
     parts = urlsplit(uri)
     if parts.hostname:  # libavformat does not say when the name is the trouble
         socket.getaddrinfo(parts.hostname, parts.port or 554, type=socket.SOCK_STREAM)
-    source = av.open(uri, options=job["options"])
+    source = open_source(uri, job["options"])
     if not source.streams.video:
         raise ValueError("no video stream")
     video = source.streams.video[0]
+    if video.codec_context is None:
+        raise ValueError("Decoder not found: unknown codec")
     video.thread_type = "NONE"
     if job["low_delay"]:
         video.codec_context.flags |= av.codec.context.Flags.low_delay

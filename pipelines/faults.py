@@ -100,7 +100,7 @@ class Fault:
         return cls(code, retry, f"{message}: {detail}" if detail else message, hint)
 
 
-class BadSource(CallerError):
+class BadSource(CallerError):  # noqa: N818
     """The address names no source that can be opened."""
 
     reason = "bad_source"
@@ -119,6 +119,8 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"Connection refused|No route to host|Network is unreachable|Host is unreachable", "STREAM_CONNECTION_FAILED"),
     (r"unknown codec|codec none|no decoder found|Decoder .* not found|DecoderNotFound", "STREAM_CODEC_UNSUPPORTED"),
     (r"matches no streams|no video stream", "STREAM_NO_VIDEO"),
+    (r"no RTSP answer", "STREAM_NOT_RTSP"),
+    (r"no answer: ", "STREAM_TIMEOUT"),
     (r"Could not find codec parameters", "STREAM_NO_DATA"),
 )  # fmt: skip
 _FILE_WORDS: tuple[tuple[str, str], ...] = (
@@ -164,8 +166,10 @@ def _last_words(lines: Sequence[str], pattern: str = r"\[(error|fatal|panic)\]")
     """The newest line that matches, without ffmpeg's tags and addresses in memory."""
     for line in reversed(lines):
         if re.search(pattern, line):
-            return re.sub(r"^(\[[^\]]*\]\s*)+", "", line).strip()[:200]
-    return ""
+            break
+    else:
+        line = lines[-1] if lines else ""
+    return re.sub(r"^(\[[^\]]*\]\s*)+", "", line).strip()[:200]
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -184,7 +188,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 def _encodings(char: str) -> str:
     """A pattern for one character as it is or percent-encoded."""
     encoded = "".join(f"%{byte:02X}" for byte in char.encode())
-    either = f"{re.escape(char)}|(?i:{encoded})"
+    either = f"(?i:{encoded})|{re.escape(char)}"
     return f"(?:{either}|\\+)" if char == " " else f"(?:{either})"
 
 
@@ -271,7 +275,7 @@ class ProbeReport:
     fps: float | None = None
 
 
-class _Failed(Exception):
+class _Failed(Exception):  # noqa: N818
     """A stage failed; internal to the probe."""
 
     def __init__(self, code: str, detail: str = "") -> None:

@@ -59,13 +59,13 @@ _LAUNCHER = (
 )
 
 
-class FFmpegMissing(WorldError):
+class FFmpegMissing(WorldError):  # noqa: N818
     """No ffmpeg that could be used was found."""
 
     reason = "ffmpeg_missing"
 
 
-class BadFile(CallerError):
+class BadFile(CallerError):  # noqa: N818
     """The file does not exist, cannot be read or holds no video."""
 
     reason = "bad_file"
