@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,9 @@ os.environ.update(
 )
 
 import ray
-from fastapi import FastAPI
+import uvicorn
 from pydantic import SecretStr
 from ray import serve
-from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from services.controller import Controller
@@ -41,7 +41,6 @@ from tsm_core.errors import CallerError, WorldError
 APPLICATION = "tsm"
 LEAST_CPUS = 4  # Ray counts CPUs to place actors; ours share what there is
 OBJECT_STORE_BYTES = 100 << 20  # nothing large travels through Ray
-MAX_REQUESTS = 1000  # every viewer of a feed is an open request
 LONGEST_TEMP_PATH = 40  # a Unix socket's whole path holds 107 characters
 
 
@@ -100,17 +99,43 @@ class ControllerReplica:
             self._store.close()
 
 
-@serve.ingress()
 class Gateway:
-    """Shell around the HTTP door; keeps nothing, so any number of them may run."""
+    """Shell around the HTTP door; keeps nothing.
 
-    def __init__(self, settings: Settings, *_: Any) -> None:
+    It listens by itself: Serve's proxy reads a feed as fast as it comes and keeps what a slow viewer does not take,
+    without bound (measured: 56 MB in 15 s for one viewer who reads nothing).
+    """
+
+    def __init__(self, settings: Settings, host: str, port: int, *_: Any) -> None:
         enter_actor(settings)
-        self._settings = settings
+        self._store = open_store(settings.store)
+        app = http_app(StreamManager(self._store, settings), settings)
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="websockets-sansio",
+            timeout_graceful_shutdown=1,
+        )
+        listener = _listen(host, port)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True)
+        self._thread.start()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve after the constructor."""
-        return http_app(StreamManager(open_store(self._settings.store), self._settings), self._settings)
+    def check_health(self) -> None:
+        """Called by Serve: raises when the replica must be replaced."""
+        if not self._thread.is_alive():
+            raise WorldError("the HTTP server ended")
+
+    def __del__(self) -> None:
+        """Called by Serve before it ends the replica: feeds are ended."""
+        if hasattr(self, "_thread"):
+            self._server.should_exit = True
+            self._thread.join(3.0)
+            self._store.close()
 
 
 def enter_actor(settings: Settings) -> None:
@@ -139,8 +164,8 @@ def _on_loopback() -> bool:
     return address == "127.0.0.1"
 
 
-def application(settings: Settings) -> serve.Application:
-    """The graph that one `serve.run` deploys. `settings.store.url` must be set."""
+def application(settings: Settings, port: int) -> serve.Application:
+    """The graph that one `serve.run` deploys, with its HTTP door on `port`. `settings.store.url` must be set."""
     engine_options: dict[str, Any] = {"num_cpus": settings.engine.num_cpus, "num_gpus": settings.engine.num_gpus}
     deployment: Any = serve.deployment
     engine = deployment(
@@ -166,13 +191,14 @@ def application(settings: Settings) -> serve.Application:
         Gateway,
         name="Gateway",
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=MAX_REQUESTS,
         health_check_period_s=2.0,
         health_check_timeout_s=5.0,
-        graceful_shutdown_timeout_s=1.0,  # feeds never end by themselves
+        graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    graph: serve.Application = gateway.bind(settings, engine.bind(settings), controller.bind(settings))
+    graph: serve.Application = gateway.bind(
+        settings, settings.server.host, port, engine.bind(settings), controller.bind(settings)
+    )
     return graph
 
 
@@ -181,9 +207,9 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         host = settings.server.host
-        port = settings.server.port or _free_port(host)
         served_models(settings)  # a model that is not there is told now, in few words
-        _check_port(host, port)
+        with _listen(host, settings.server.port) as listener:  # and so is a port that is taken
+            port = int(listener.getsockname()[1])
         self.url = f"http://{_shown_host(host)}:{port}"
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
@@ -194,7 +220,7 @@ class Service:
                 store = settings.store.model_copy(update={"url": SecretStr(valkey.url)})
                 settings = settings.model_copy(update={"store": store})
             self.settings = settings
-            self._start_ray(settings, stack, host, port)
+            self._start_ray(settings, stack, port)
             self._stack = stack.pop_all()
 
     @property
@@ -213,29 +239,34 @@ class Service:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _start_ray(self, settings: Settings, stack: contextlib.ExitStack, host: str, port: int) -> None:
+    def _start_ray(self, settings: Settings, stack: contextlib.ExitStack, port: int) -> None:
         folder = Path(tempfile.mkdtemp(prefix="tsm-", dir=_temp_folder()))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         cpus = max(LEAST_CPUS, os.cpu_count() or 1, int(settings.engine.replicas * settings.engine.num_cpus) + 1)
         quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+        stack.callback(ray.shutdown)  # before the start: one that fails half-way is ended too
+        options: dict[str, Any] = {
+            "address": "local",
+            "num_cpus": cpus,
+            "num_gpus": None if settings.engine.num_gpus else 0,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "_temp_dir": str(folder),
+            "_node_ip_address": "127.0.0.1",
+        }
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                num_gpus=None if settings.engine.num_gpus else 0,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(folder),
-                _node_ip_address="127.0.0.1",
-            )
-            stack.callback(ray.shutdown)
-            serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
+            try:
+                ray.init(**options)
+            except Exception:  # noqa: BLE001  ray waits 30 s for its own parts, which a loaded machine may exceed once
+                ray.shutdown()
+                ray.init(**options)
+            serve.start(proxy_location="Disabled", logging_config=quiet)
             stack.callback(serve.shutdown)
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.run(application(settings), name=APPLICATION, route_prefix="/", logging_config=quiet)
-        except RuntimeError as error:
+            serve.run(application(settings, port), name=APPLICATION, route_prefix="/", logging_config=quiet)
+        except Exception as error:  # noqa: BLE001  ray raises the bare class when a part of it does not come up
             raise ServiceNotStarted(f"the service does not start: {str(error).strip()[-600:]}") from None
 
 
@@ -247,19 +278,15 @@ def run_service(settings: Settings) -> Service:
     return Service(settings)
 
 
-def _check_port(host: str, port: int) -> None:
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises PortTaken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port)):
-            return
+        return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
         raise PortTaken(
             f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port (0 takes a free one)"
         ) from None
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def _shown_host(host: str) -> str:

@@ -4,26 +4,23 @@ import asyncio
 import contextlib
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
-import uvicorn
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from services.http_api import BodyLimit, http_app
-from services.manager import ServedModel, StreamManager
+from services.http_api import BodyLimit
+from services.manager import StreamManager
 from services.schemas import ReplicaInfo, SourceSpec, StreamSpec, StreamStatus, cloud_event, state_event
 from services.settings import Settings, SourceSettings, StoreSettings
 from services.store import MemoryStore
+from tests.unit.services.http_kit import CANARY, MODELS, serving
 from tsm_core.types import ActionEvent
 
 JSON_BODY = {"Content-Type": "application/json"}
-CANARY = "c4n4ry-pa55"
-MODELS = [ServedModel(name="motion9", labels=("left", "right"), mode="step", input_px=64, default=True)]
 CAMERA = {"id": "door-1", "source": {"uri": "rtsp://127.0.0.1:9/cam", "username": "eye", "password": CANARY}}
 
 
@@ -48,27 +45,6 @@ def address(manager: StreamManager) -> Iterator[str]:
 def client(address: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=address, trust_env=False) as client:
         yield client
-
-
-@contextlib.contextmanager
-def serving(manager: StreamManager) -> Iterator[str]:
-    """The application behind a real server: its feeds are streams, which no test client passes on as they come."""
-    config = uvicorn.Config(
-        http_app(manager),
-        host="127.0.0.1",
-        port=0,
-        log_level="critical",
-        timeout_graceful_shutdown=1,
-        ws="websockets-sansio",
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(5)
 
 
 def add(client: httpx.Client, stream_id: str = "door-1") -> dict:

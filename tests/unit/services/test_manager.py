@@ -1,0 +1,154 @@
+"""Policy and verbs of the StreamManager over a memory store."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from pipelines.faults import BadSource
+from services.manager import (
+    NoCapacity,
+    SourceNotAllowed,
+    SourceNotFound,
+    SourceUnreachable,
+    StreamManager,
+    served_models,
+)
+from services.schemas import ReplicaInfo, SourceSpec, StreamModel, StreamSpec, StreamStatus
+from services.settings import EngineSettings, ModelSettings, Settings, SourceSettings, StoreSettings
+from services.store import MemoryStore, StreamExists, StreamNotFound
+from tests.unit.services.http_kit import CANARY, MODELS
+from tsm_core.zoo import UnknownModel
+
+
+def manager_of(*roots: Path, slots: int = 0) -> StreamManager:
+    store = MemoryStore(StoreSettings())
+    if slots:
+        store.heartbeat(ReplicaInfo(id="r1", pid=1, slots_total=slots), 60_000)
+    settings = Settings(source=SourceSettings(file_roots=roots, probe_timeout_s=1.0))
+    return StreamManager(store, settings, models=MODELS)
+
+
+def camera(stream_id: str = "cam", uri: str = "rtsp://127.0.0.1/x", **more: object) -> StreamSpec:
+    return StreamSpec(id=stream_id, source=SourceSpec(uri=uri), **more)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    (tmp_path / "films").mkdir()
+    (tmp_path / "private").mkdir()
+    (tmp_path / "films" / "a b.mp4").write_bytes(b"film")
+    (tmp_path / "private" / "key.pem").write_bytes(b"key")
+    (tmp_path / "films" / "way-out").symlink_to(tmp_path / "private")
+    (tmp_path / "films" / "inside").symlink_to(tmp_path / "films" / "a b.mp4")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("films/a%20b.mp4", None),
+        ("films/inside", None),
+        ("films/../films/inside", None),
+        ("films/none.mp4", SourceNotFound),
+        ("films", SourceNotFound),
+        ("private/key.pem", SourceNotAllowed),
+        ("films/way-out/key.pem", SourceNotAllowed),
+        ("films/../private/key.pem", SourceNotAllowed),
+        ("films/%2e%2e/private/key.pem", SourceNotAllowed),
+        ("filmsy/x.mp4", SourceNotAllowed),
+        ("films/a%00b", BadSource),
+    ],
+)
+def test_files_are_opened_below_the_roots_only(folders: Path, path: str, error: type[Exception] | None):
+    manager = manager_of(folders / "films")
+    source = SourceSpec(uri=f"file://{folders}/{path}")
+    if error is None:
+        # what is kept has no symlink left that could be turned later
+        assert manager.allowed(source).uri == f"file://{folders}/films/a%20b.mp4"
+    else:
+        with pytest.raises(error):
+            manager.allowed(source)
+
+
+def test_no_roots_means_no_files(folders: Path):
+    with pytest.raises(SourceNotAllowed, match=r"source\.file_roots"):
+        manager_of().allowed(SourceSpec(uri=f"file://{folders}/films/inside"))
+    with pytest.raises(BadSource):
+        manager_of(folders).allowed(SourceSpec(uri=f"file://elsewhere{folders}/films/inside"))
+
+
+@pytest.mark.parametrize(
+    "host", ["169.254.169.254", "169.254.0.9", "[fe80::1]", "[::ffff:169.254.169.254]", "0xa9fea9fe", "100.100.100.200"]
+)
+def test_metadata_and_link_local_addresses_are_never_opened(host: str):
+    with pytest.raises(SourceNotAllowed, match="link-local or cloud metadata"):
+        manager_of().allowed(SourceSpec(uri=f"rtsp://{host}/x"))
+
+
+def test_secrets_stay_off_command_lines():
+    manager = manager_of()
+    with_password = SourceSpec(uri=f"rtsp://eye:{CANARY}@127.0.0.1/x")
+    assert manager.allowed(with_password).decoder == "pyav"
+    in_query = SourceSpec(uri=f"rtsp://127.0.0.1/x?user=eye&password={CANARY}")
+    assert manager.allowed(in_query).decoder == "pyav"
+    assert manager.allowed(SourceSpec(uri="rtsp://127.0.0.1/x")).decoder == "auto"
+    with pytest.raises(SourceNotAllowed, match="process list") as refused:
+        manager.allowed(with_password.model_copy(update={"decoder": "ffmpeg"}))
+    assert CANARY not in str(refused.value)
+    shown = manager.create(StreamSpec(id="q", source=in_query), check=False)
+    assert CANARY not in shown.model_dump_json()
+    assert CANARY in manager.store.get_stream("q").source.uri  # the camera still gets it
+
+
+def test_models_are_resolved_and_checked():
+    manager = manager_of()
+    assert manager.create(camera("a"), check=False).models == (StreamModel(name="motion9"),)
+    with pytest.raises(UnknownModel, match="served: motion9"):
+        manager.create(camera("b", models=(StreamModel(name="x"),)), check=False)
+    with pytest.raises(UnknownModel):
+        served_models(Settings(engine=EngineSettings(models=(ModelSettings(name="nothing-of-this-name"),))))
+
+
+def test_camera_that_does_not_answer_is_refused_unless_told_otherwise():
+    manager = manager_of()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    spec = camera(uri=f"rtsp://127.0.0.1:{port}/x")
+    with pytest.raises(SourceUnreachable, match="probe=false") as refused:
+        manager.create(spec)
+    assert refused.value.reason == "stream_connection_failed"
+    assert manager.streams() == []
+    manager.create(spec, check=False)
+    with pytest.raises(StreamExists):
+        manager.create(spec, check=False)
+
+
+def test_slots_are_counted_over_enabled_streams():
+    manager = manager_of(slots=2)
+    manager.create(camera("a"), check=False)
+    manager.create(camera("b"), check=False)
+    with pytest.raises(NoCapacity, match="2 slots"):
+        manager.create(camera("c"), check=False)
+    manager.create(camera("c", enabled=False), check=False)
+    with pytest.raises(NoCapacity):
+        manager.start("c")
+    manager.stop("a")
+    assert manager.start("c").status.state == "STARTING"
+
+
+def test_status_follows_what_should_be_and_who_is_alive():
+    manager = manager_of(slots=2)
+    store = manager.store
+    manager.create(camera("a"), check=False)
+    store.publish(store.assign("a", "r1"), status=StreamStatus(state="RUNNING", since=1.0, worker="r1"))
+    assert manager.status("a").state == "RUNNING"
+    store.retire("r1")
+    lost = manager.status("a")
+    assert (lost.state, lost.fps) == ("RESTARTING", 0.0)
+    assert "r1" in lost.status_message
+    assert manager.stop("a").status.state == "STOPPED"
+    manager.delete("a")
+    for verb in (manager.get, manager.start, manager.stop, manager.delete, manager.preview, manager.events):
+        with pytest.raises(StreamNotFound):
+            verb("a")
