@@ -483,7 +483,6 @@ function showStreams(views) {
     if (!tile) {
       tile = new Tile(spec);
       tiles.set(spec.id, tile);
-      eventsSeen.delete(spec.id);
       tile.loadScores();
       sight.observe(tile.root);
       filters.addStream(spec.id, tile.name);
@@ -572,8 +571,8 @@ function toast(text) {
 
 // ---------------------------------------------------------------- events
 
-const eventsSeen = new Map(); // stream → sequence of its newest event: delivery is at least once
-const rows = new Map(); // action id, or event id of a change of state → row; newest last
+const rows = new Map(); // action id, or event id of a change of state → row
+let clearedAt = 0; // by the service's clock: what was published before was cleared away
 
 const filters = {
   stream: "",
@@ -620,6 +619,8 @@ class EventRow {
     this.stream = stream;
     this.label = label;
     this.phase = "";
+    this.sequence = 0;
+    this.order = 0; // when it began, by the service's clock
     this.root = el("event-template").content.firstElementChild.cloneNode(true);
     this.button = this.root.querySelector(".event");
     const find = (name) => this.root.querySelector(`.event-${name}`);
@@ -676,27 +677,32 @@ function addEvent(event) {
   const data = event.data ?? {};
   const action = data.label !== undefined;
   if (!action && !event.type?.endsWith("stream.state")) return;
-  if (event.sequence <= eventsSeen.get(data.stream_id)) return;
-  eventsSeen.set(data.stream_id, event.sequence);
+  if (event.published_s <= clearedAt) return;
   const key = action ? event.subject : event.id;
-  let row = rows.get(key);
-  if (!row) {
-    row = new EventRow(data.stream_id, action ? data.label : null);
-    rows.set(key, row);
-    el("event-list").prepend(row.root);
-    while (rows.size > EVENTS_SHOWN) {
-      const [oldest, old] = rows.entries().next().value;
-      old.root.remove();
-      rows.delete(oldest);
-    }
-  }
-  if (action) {
-    row.showAction(data, event.published_s);
-  } else {
-    row.showState(data, Date.parse(event.time) / 1000);
-  }
+  const known = rows.get(key);
+  if (known && event.sequence <= known.sequence) return; // delivery is at least once
+  const row = known ?? new EventRow(data.stream_id, action ? data.label : null);
+  row.sequence = event.sequence;
+  if (action) row.showAction(data, event.published_s);
+  else row.showState(data, Date.parse(event.time) / 1000);
+  if (!known) placeRow(key, row, event.published_s - (action ? row.length : 0));
   row.show();
   countEvents();
+}
+
+/** Put a row among the others, newest first; the oldest gives way. */
+function placeRow(key, row, order) {
+  const list = el("event-list");
+  row.order = order;
+  row.root.dataset.key = key;
+  rows.set(key, row);
+  const older = [...list.children].find((item) => rows.get(item.dataset.key).order <= order);
+  list.insertBefore(row.root, older ?? null);
+  if (rows.size > EVENTS_SHOWN) {
+    const last = list.lastElementChild;
+    rows.delete(last.dataset.key);
+    last.remove();
+  }
 }
 
 function countEvents() {
@@ -716,6 +722,7 @@ async function loadEvents() {
 el("filter-stream").addEventListener("change", () => filters.read());
 el("filter-label").addEventListener("change", () => filters.read());
 el("clear-events").addEventListener("click", () => {
+  clearedAt = serverNow();
   rows.clear();
   el("event-list").replaceChildren();
   countEvents();
