@@ -44,13 +44,13 @@ OBJECT_STORE_BYTES = 100 << 20  # nothing large travels through Ray
 LONGEST_TEMP_PATH = 40  # a Unix socket's whole path holds 107 characters
 
 
-class PortTaken(CallerError):  # noqa: N818
+class PortTaken(CallerError):
     """Another program listens on the port."""
 
     reason = "port_taken"
 
 
-class ServiceNotStarted(WorldError):  # noqa: N818
+class ServiceNotStarted(WorldError):
     """Ray or one of the deployments did not come up."""
 
     reason = "service_not_started"

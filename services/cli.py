@@ -27,21 +27,21 @@ EXIT_CALLER, EXIT_WORLD = 2, 3
 PROBE_WAIT_S = 30.0
 
 
-class RemoteRefusal(CallerError):  # noqa: N818
+class RemoteRefusal(CallerError):
     """The service refused the request; `reason` is the service's."""
 
 
-class RemoteTrouble(WorldError):  # noqa: N818
+class RemoteTrouble(WorldError):
     """The service could not do it now; `reason` is the service's."""
 
 
-class NoServer(WorldError):  # noqa: N818
+class NoServer(WorldError):
     """Nothing answers at the service's address."""
 
     reason = "server_unreachable"
 
 
-class NotRunning(WorldError):  # noqa: N818
+class NotRunning(WorldError):
     """The stream did not run in time."""
 
     reason = "stream_not_running"

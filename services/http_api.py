@@ -47,7 +47,7 @@ STATUS: dict[type[TSMError], int] = {
 }
 
 
-class NotReady(WorldError):  # noqa: N818
+class NotReady(WorldError):
     """The service cannot serve streams yet."""
 
     reason = "not_ready"

@@ -27,37 +27,37 @@ FORBIDDEN_NETS = tuple(
 """Link-local addresses and the clouds' metadata services: never a camera."""
 
 
-class SourceNotAllowed(CallerError):  # noqa: N818
+class SourceNotAllowed(CallerError):
     """The service's policy does not let this source be opened."""
 
     reason = "source_not_allowed"
 
 
-class SourceNotFound(CallerError):  # noqa: N818
+class SourceNotFound(CallerError):
     """A file:// source that does not exist."""
 
     reason = "source_not_found"
 
 
-class SourceRejected(CallerError):  # noqa: N818
+class SourceRejected(CallerError):
     """The camera answered the probe with something that waiting will not mend; `reason` is its error code."""
 
     reason = "stream_rejected"
 
 
-class SourceUnreachable(WorldError):  # noqa: N818
+class SourceUnreachable(WorldError):
     """The camera did not answer the probe as it should; `reason` is its error code."""
 
     reason = "stream_unreachable"
 
 
-class NoCapacity(WorldError):  # noqa: N818
+class NoCapacity(WorldError):
     """Every slot of every replica is taken."""
 
     reason = "no_capacity"
 
 
-class NoPicture(CallerError):  # noqa: N818
+class NoPicture(CallerError):
     """The stream has no picture yet."""
 
     reason = "no_picture"
