@@ -448,3 +448,7 @@ def _table(rows: list[tuple[str, ...]]) -> None:
 
 def _show(view: Mapping[str, Any], as_json: bool, line: str) -> None:
     typer.echo(json.dumps(view) if as_json else line)
+
+
+if __name__ == "__main__":
+    main()
