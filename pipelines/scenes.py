@@ -193,7 +193,7 @@ class Look:
         picture = self.background.copy()
         for size, opacity in _copies(pose.size):
             self._paste(picture, pose, self.radius_px(size), opacity)
-        return np.asarray(picture)
+        return np.array(picture)
 
     def _paste(self, picture: Image.Image, pose: Pose, radius: float, opacity: float) -> None:
         reach = radius * _MARGIN
