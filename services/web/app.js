@@ -4,6 +4,7 @@
 const STRIP_MS = 60_000; // length of the score strip
 const LIVE_PICTURES = 4; // MJPEG connections; browsers allow about six per host, the rest is for requests
 const POLL_MS = 1_000; // how often the other visible tiles fetch a picture
+const SAMPLES_KEPT = 2_000; // per tile, even on a page that is hidden
 const EVENTS_SHOWN = 200;
 const RENDER_MS = 200;
 const LABEL_COLOURS = 12; // --label-0 ... in the style sheet
@@ -148,7 +149,8 @@ class Tile {
       badgeText: find(".badge-text"), feed: find(".feed"), name: find(".name"), idText: find(".id"),
       start: find(".start"), stop: find(".stop"), remove: find(".remove"), swatch: find(".swatch"),
       label: find(".label"), percent: find(".percent"), warmup: find(".warmup"), bar: find(".bar"),
-      barFill: find(".bar span"), canvas: find("canvas"), read: find(".strip-read"), runners: [...this.root.querySelectorAll(".runners li")],
+      barFill: find(".bar span"), canvas: find("canvas"), read: find(".strip-read"),
+      runners: [...this.root.querySelectorAll(".runners li")],
     };
     this.figures = Object.fromEntries(
       [...this.root.querySelectorAll("[data-figure]")].map((node) => [node.dataset.figure, node]),
@@ -217,6 +219,7 @@ class Tile {
     this.score = { label: record.label, score: record.score, warmup: record.warmup, topK: record.top_k ?? [], at: now };
     this.newsAt = now;
     this.samples.push({ at: now, label: record.label, score: record.score, warm: !record.warmup });
+    if (this.samples.length > SAMPLES_KEPT) this.forget(now); // nobody draws while the page is hidden
     this.dirty = true;
   }
 
@@ -344,7 +347,8 @@ class Tile {
     const latency = status.latency_ms;
     setText(figures.latency, latency ? `${Math.round(latency.p50)} / ${Math.round(latency.p95)} ms` : "–");
     setText(figures["latency-tip"], latency
-      ? `Arrival of a frame to its result, last minute\np50 ${latency.p50.toFixed(1)} ms\np95 ${latency.p95.toFixed(1)} ms\np99 ${latency.p99.toFixed(1)} ms`
+      ? ["Arrival of a frame to its result, last minute",
+        ...["p50", "p95", "p99"].map((name) => `${name} ${latency[name].toFixed(1)} ms`)].join("\n")
       : "");
     setText(figures.size, status.source_size ? status.source_size.join(" × ") : "–");
     setText(figures.reconnects, this.status ? number.format(status.reconnects) : "–");
@@ -417,7 +421,8 @@ class Tile {
     const seen = new Map();
     for (const { label } of this.samples) seen.set(label, (seen.get(label) ?? 0) + 1);
     const most = [...seen].sort((a, b) => b[1] - a[1]).slice(0, 3).map(([label]) => label);
-    const text = most.length ? `Scores of the last 60 seconds, mostly ${most.join(", ")}` : "No scores in the last 60 seconds";
+    const text = most.length ? `Scores of the last 60 seconds, mostly ${most.join(", ")}`
+      : "No scores in the last 60 seconds";
     this.parts.canvas.setAttribute("aria-label", text);
   }
 
@@ -428,7 +433,8 @@ class Tile {
     const away = this.away.some(({ from, to }) => from <= at && at <= (to ?? now));
     const sample = this.samples.findLast((one) => one.at <= at);
     const ago = `${Math.round((now - at) / 1000)} s ago`;
-    const text = sample && at - sample.at < 1_000 ? `${sample.label} ${percent(sample.score)}` : away ? "camera away" : "no score";
+    const text = sample && at - sample.at < 1_000 ? `${sample.label} ${percent(sample.score)}`
+      : away ? "camera away" : "no score";
     setText(this.parts.read, `${ago}: ${text}`);
   }
 
@@ -465,7 +471,8 @@ function allocatePictures() {
   const wanted = new Map();
   for (const tile of tiles.values()) {
     // a camera that is away for a while keeps the connection that it has: its last picture stays
-    const lively = tile.state === "RUNNING" || (tile.mode !== "none" && ["STARTING", "RESTARTING"].includes(tile.state));
+    const lively = tile.state === "RUNNING"
+      || (tile.mode !== "none" && ["STARTING", "RESTARTING"].includes(tile.state));
     if (document.hidden || !tile.visible || !lively) wanted.set(tile, "none");
     else wanted.set(tile, left-- > 0 ? "mjpeg" : "poll");
   }
@@ -528,18 +535,13 @@ function refresh() {
   return refreshing.promise;
 }
 
-const ACTS = {
-  start: { done: "started" },
-  stop: {
-    ask: (name) => [`Stop ${name}?`, "The camera is let go and nothing is recognised until you start it again.", "Stop"],
-  },
-  remove: {
-    ask: (name) => [`Remove ${name}?`, "The stream stops and is taken out of the registry.", "Remove"],
-  },
+const QUESTIONS = {
+  stop: (name) => [`Stop ${name}?`, "The camera is let go and nothing is recognised until you start it again.", "Stop"],
+  remove: (name) => [`Remove ${name}?`, "The stream stops and is taken out of the registry.", "Remove"],
 };
 
 async function act(tile, verb) {
-  const question = ACTS[verb].ask?.(tile.name);
+  const question = QUESTIONS[verb]?.(tile.name);
   if (question && !(await confirmed(...question))) return;
   try {
     if (verb === "remove") await request(streamPath(tile.id), { method: "DELETE" });
@@ -605,7 +607,9 @@ const filters = {
   },
 };
 
-const timeOfDay = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
+const timeOfDay = new Intl.DateTimeFormat(undefined, {
+  hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23",
+});
 
 function formatTime(seconds) {
   if (seconds > 1e8) return timeOfDay.format(new Date(seconds * 1000)); // a camera: Unix time
@@ -623,8 +627,8 @@ class EventRow {
     this.order = 0; // when it began, by the service's clock
     this.root = el("event-template").content.firstElementChild.cloneNode(true);
     this.button = this.root.querySelector(".event");
-    const find = (name) => this.root.querySelector(`.event-${name}`);
-    this.parts = { label: find("label"), score: find("score"), stream: find("stream"), phase: find("phase"), time: find("time") };
+    const names = ["label", "score", "stream", "phase", "time"];
+    this.parts = Object.fromEntries(names.map((name) => [name, this.root.querySelector(`.event-${name}`)]));
     setText(this.parts.stream, tiles.get(stream)?.name ?? stream);
     this.button.addEventListener("click", () => tiles.get(stream)?.mark());
   }
@@ -647,8 +651,8 @@ class EventRow {
     setText(this.parts.label, (data.after ?? "").toLowerCase());
     setText(this.parts.phase, data.status_message ?? "");
     this.parts.phase.title = data.status_message ?? "";
-    const colour = { RUNNING: "--good", RESTARTING: "--wait", FAILED: "--bad", STARTING: "--info" }[data.after] ?? "--idle";
-    this.root.querySelector(".swatch").style.background = `var(${colour})`;
+    const colour = { RUNNING: "good", RESTARTING: "wait", FAILED: "bad", STARTING: "info" }[data.after] ?? "idle";
+    this.root.querySelector(".swatch").style.background = `var(--${colour})`;
     this.setTime(seconds);
   }
 
@@ -799,7 +803,8 @@ const connection = {
     setHidden(el("banner"), !lost);
     if (!lost) return;
     const wait = Math.ceil((this.retryAt - performance.now()) / 1000);
-    setText(el("banner-text"), `Connection lost. ${this.retryAt && wait > 0 ? `Next try in ${wait} s.` : "Trying now …"}`);
+    const next = this.retryAt && wait > 0 ? `Next try in ${wait} s.` : "Trying now …";
+    setText(el("banner-text"), `Connection lost. ${next}`);
   },
 };
 
@@ -1088,4 +1093,3 @@ setInterval(render, RENDER_MS);
 setInterval(() => { for (const tile of tiles.values()) tile.pollPicture(); }, POLL_MS);
 setInterval(() => { for (const tile of tiles.values()) tile.describeStrip(); }, 5_000);
 setInterval(() => { if (!document.hidden) readStats(); }, 5_000);
-setInterval(() => { if (!document.hidden && connection.open) refresh(); }, 15_000);
