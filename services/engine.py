@@ -298,6 +298,7 @@ class Engine:
 
     def reconcile(self) -> None:
         """Make the sessions what the leases say. Raises StoreDown."""
+        refused = set(self._refused)  # before the leases are read: they explain it
         leases = self.store.leases()
         mine = {stream_id: lease for stream_id, lease in leases.items() if lease.owner == self.id}
         specs = {spec.id: spec for spec in self.store.list_streams()} if mine or self.sessions else {}
@@ -308,16 +309,19 @@ class Engine:
                 lease, spec = mine.get(session.id), specs.get(session.id)
                 if lease is None or spec is None:
                     self._close(session, "moved" if session.id in leases else "stopped")
-                elif lease.epoch != session.lease.epoch or session in self._refused:
+                elif lease.epoch != session.lease.epoch or session in refused:
                     self._close(session, "moved")
+                elif not spec.enabled:
+                    continue  # the controller takes it away in a moment
                 elif spec.revision != session.spec.revision:
                     self._save(session)
                     self._close(session, "changed")
                 elif session.ended:
                     self._finish(session)
             for stream_id, lease in mine.items():
-                if stream_id not in self.sessions and stream_id in specs:
-                    self._open(specs[stream_id], lease)
+                spec = specs.get(stream_id)
+                if stream_id not in self.sessions and spec is not None and spec.enabled:
+                    self._open(spec, lease)
 
     def _open(self, spec: StreamSpec, lease: Lease) -> None:
         blob, before = self.store.load(spec.id), self.store.status(spec.id)

@@ -443,7 +443,9 @@ class Session:
         """What is, for the store."""
         received, processed, dropped, _ = self.queue.counts()
         counters = self.source.counters if self.source is not None else SourceCounters()
-        if lost := self._lost_before + counters.lost:
+        # over TCP nothing gets lost on the way: a gap in the pts is a camera that sent less
+        lost = self._lost_before + (counters.lost if self.spec.source.rtsp_transport == "udp" else 0)
+        if lost:
             dropped["lost"] = lost
         fps, processed_fps = self._rates(received, processed)
         source, top, latest, age_s = self._source_state, self._top, self.latest, self.checkpoint_age_s
