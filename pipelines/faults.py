@@ -100,7 +100,7 @@ class Fault:
         return cls(code, retry, f"{message}: {detail}" if detail else message, hint)
 
 
-class BadSource(CallerError):  # noqa: N818
+class BadSource(CallerError):
     """The address names no source that can be opened."""
 
     reason = "bad_source"
@@ -275,7 +275,7 @@ class ProbeReport:
     fps: float | None = None
 
 
-class _Failed(Exception):  # noqa: N818
+class _Failed(Exception):
     """A stage failed; internal to the probe."""
 
     def __init__(self, code: str, detail: str = "") -> None:

@@ -59,13 +59,13 @@ _LAUNCHER = (
 )
 
 
-class FFmpegMissing(WorldError):  # noqa: N818
+class FFmpegMissing(WorldError):
     """No ffmpeg that could be used was found."""
 
     reason = "ffmpeg_missing"
 
 
-class BadFile(CallerError):  # noqa: N818
+class BadFile(CallerError):
     """The file does not exist, cannot be read or holds no video."""
 
     reason = "bad_file"

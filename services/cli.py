@@ -138,10 +138,26 @@ def infer(
     annotate: Annotated[Path | None, typer.Option(help="write the video with the labels on it")] = None,
 ) -> None:
     """Recognise actions in a file, the same way as on a stream, without a service."""
-    from pipelines.infer import infer_file
+    import torch
 
+    from pipelines.infer import infer_file
+    from services.schemas import cloud_event, score_record
+
+    torch.set_num_threads(load_settings().engine.threads)
+    frames = actions = 0
     for result in infer_file(file, model, annotate=annotate):
-        typer.echo(json.dumps(result) if as_json else str(result))
+        frames += 1
+        if as_json and result.scores is not None:
+            at = (result.frame_number, result.pts_s, result.time_s)
+            typer.echo(json.dumps(score_record("file", model, *at, result.scores)))
+        for event in result.events:
+            actions += event.phase == "new"
+            if as_json:
+                typer.echo(json.dumps(cloud_event(event)))
+            elif event.phase != "update":
+                typer.echo(f"{event.frame_time_s:8.2f} s  {event.phase:4}  {event.label:20}  {event.top_score:.2f}")
+    if not as_json:
+        typer.echo(f"{frames} frames, {actions} actions" + (f", written to {annotate}" if annotate else ""))
 
 
 # streams
