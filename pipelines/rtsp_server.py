@@ -224,12 +224,13 @@ class _Link:
         self.loop = asyncio.get_running_loop()
         self.nonce = secrets.token_hex(16)
         self.play: _Play | None = None
+        self.ended = False  # FIN was sent: what comes in is read, nothing more goes out
 
     # -- bytes
 
     def write(self, data: bytes) -> None:
         """Queue bytes, unless the connection is going away."""
-        if data and not self.writer.transport.is_closing():
+        if data and not self.ended and not self.writer.transport.is_closing():
             self.writer.write(data)
 
     def unread_bytes(self) -> int:
@@ -281,7 +282,8 @@ class _Link:
             sock = transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             transport.abort()
-        else:
+        elif not self.ended:
+            self.ended = True
             self.writer.write_eof()  # the rest is read until the client closes: closing now could reset
             self.loop.call_later(LINGER_S, transport.abort)
 
