@@ -13,14 +13,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# Read by ray as it is imported, so they stand before it. Without the last one a single machine's Ray takes the
-# address of its network card and listens to the world; with it, it knows only loopback.
+# Read by ray as it is imported, so they stand before it. Without RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 a single machine's
+# Ray takes the address of its network card and listens to the world; with it, it knows only loopback.
 os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     RAY_SERVE_LOG_TO_STDERR="0",
+    RAY_worker_niceness="0",  # live pictures do not wait for whatever else the machine computes
 )
 
 import ray
@@ -262,9 +263,9 @@ class Service:
             except Exception:  # noqa: BLE001  ray waits 30 s for its own parts, which a loaded machine may exceed once
                 ray.shutdown()
                 ray.init(**options)
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config=quiet)
             stack.callback(serve.shutdown)
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.run(application(settings, port), name=APPLICATION, route_prefix="/", logging_config=quiet)
         except Exception as error:  # noqa: BLE001  ray raises the bare class when a part of it does not come up
             raise ServiceNotStarted(f"the service does not start: {str(error).strip()[-600:]}") from None
