@@ -129,7 +129,7 @@ def _lessons(spec: PreprocessSpec, steps: int, seed: int) -> Iterator[_Lesson]:
 
 def _ahead(lessons: Iterator[_Lesson]) -> Iterator[_Lesson]:
     """The same lessons, each made while the one before is learnt."""
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, lessons, None)
         while (lesson := coming.result()) is not None:
             coming = pool.submit(next, lessons, None)
