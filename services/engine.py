@@ -41,7 +41,7 @@ STUCK_S = 5.0
 TAKE_S = 0.2  # how often an idle loop shows that it lives
 
 
-class EngineUnhealthy(WorldError):  # noqa: N818
+class EngineUnhealthy(WorldError):
     """The replica does not do its work any more and must be replaced."""
 
     reason = "engine_unhealthy"
@@ -126,7 +126,7 @@ class Engine:
         self._store_errors: Counter[str] = Counter()
         self._died: tuple[str, BaseException] | None = None
         self._threads: list[threading.Thread] = []
-        self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix=f"{replica_id}-close")
+        self._pool = ThreadPoolExecutor(min(64, settings.engine.slots + 1), f"{replica_id}-close")
 
     # ---- life
 
@@ -539,7 +539,7 @@ class Engine:
 
     def _keeper_loop(self) -> None:
         told_s = 0.0
-        while not self._stopping.wait(0.02):
+        while not self._stopping.wait(0.05):
             while not self._stopping.is_set() and self.save_due():
                 pass
             if time.monotonic() - told_s >= METRICS_S:

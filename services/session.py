@@ -42,7 +42,7 @@ LATENCY_S = 60.0
 RATE_S = 3.0
 
 
-class ModelNotLoaded(CallerError):  # noqa: N818
+class ModelNotLoaded(CallerError):
     """The stream names a model that this replica does not hold."""
 
     reason = "model_not_loaded"

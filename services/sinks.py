@@ -79,7 +79,7 @@ class Publisher:
     room for newer ones (`scores_lost`). Delivery is at least once: a round trip that broke midway is sent again.
     """
 
-    def __init__(self, store: PublishStore, *, status_s: float = 0.5, gather_s: float = 0.01) -> None:
+    def __init__(self, store: PublishStore, *, status_s: float = 0.5, gather_s: float = 0.02) -> None:
         self.events_lost = 0
         self.scores_lost = 0
         self.rounds = 0

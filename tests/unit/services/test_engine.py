@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from tests.unit.services.engine_kit import (
     wait,
 )
 from tsm_core.arena import Arena, Slot
-from tsm_core.model import TSM
+from tsm_core.model import TSM, WindowTSM, build
+from tsm_core.recipes import MOTION9
 
 
 class Wrapped(torch.nn.Module):
@@ -174,6 +176,29 @@ def test_an_open_action_goes_on_over_a_move():
         assert after[-1] == ("end", action)
         assert set(after[:-1]) <= {("update", action)}
         assert [e["sequence"] for e in store.events("door")] == list(range(1, len(store.events("door")) + 1))
+
+
+def test_window_mode_gives_a_result_every_stride_and_moves_with_its_ring():
+    network = build(replace(MOTION9, shift="bi", frames=4)).eval()
+    wide = spec("door", models=(StreamModel(name=MODEL, window_s=0.4, stride_s=0.2),))
+    store, at_s = MemoryStore(), time.time() - 5
+    with (
+        running(store, "r1", WindowTSM(network).eval()) as (one, cameras),
+        running(store, "r2", WindowTSM(network).eval()) as (two, others),
+    ):
+        give(store, one, wide)
+        for n in range(20):
+            cameras["door"].feed(picture("door", n), at_s + n / 10)
+            wait(lambda n=n: processed(one, "door") == n + 1)
+        wait(lambda: len(store.scores("door")) == 10)
+        assert [score["frame_number"] for score in store.scores("door")] == list(range(0, 20, 2))
+        assert [score["warmup"] for score in store.scores("door")[:3]] == ["1/4", "3/4", None]
+        one.drain()
+        give(store, two, wide)
+        assert two.sessions["door"].restored.mode == "checkpoint"
+        others["door"].feed(picture("door", 20), at_s + 2.0)
+        wait(lambda: len(store.scores("door")) == 11)
+        assert store.scores("door")[-1]["warmup"] is None
 
 
 def test_a_second_epoch_makes_the_first_owner_stop():
