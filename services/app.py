@@ -7,9 +7,11 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,17 +260,30 @@ class Service:
             "_node_ip_address": "127.0.0.1",
         }
         try:
-            try:
-                ray.init(**options)
-            except Exception:  # noqa: BLE001  ray waits 30 s for its own parts, which a loaded machine may exceed once
-                ray.shutdown()
-                ray.init(**options)
+            with own_signals():
+                try:
+                    ray.init(**options)
+                except Exception:  # noqa: BLE001  ray waits 30 s for its parts; a loaded machine may exceed that once
+                    ray.shutdown()
+                    ray.init(**options)
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config=quiet)
             stack.callback(serve.shutdown)
             serve.run(application(settings, port), name=APPLICATION, route_prefix="/", logging_config=quiet)
         except Exception as error:  # noqa: BLE001  ray raises the bare class when a part of it does not come up
             raise ServiceNotStarted(f"the service does not start: {str(error).strip()[-600:]}") from None
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Ray puts handlers of its own on SIGTERM and others, which end the process without a stop: ours come back."""
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():
+                signal.signal(number, handler)
 
 
 def run_service(settings: Settings) -> Service:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from tsm_core.checkpoints import read_card
 from tsm_core.errors import CallerError, TSMError, WorldError
 from tsm_core.zoo import available_models
 
-EXIT_CALLER, EXIT_WORLD = 2, 3
+EXIT_CALLER, EXIT_WORLD, EXIT_INTERRUPTED = 2, 3, 130
 PROBE_WAIT_S = 30.0
 
 
@@ -102,18 +101,22 @@ def serve(
     """Serve streams until SIGINT or SIGTERM."""
     overrides = {name: value for name, value in (("server.host", host), ("server.port", port)) if value is not None}
     settings = load_settings(config, overrides)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     from services.app import run_service
 
-    service = run_service(settings)
+    try:
+        service = run_service(settings)
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     try:
         typer.echo(f"tsm-live serves {service.url} (page, API and metrics); Ctrl-C ends it")
-        while not stop.wait(0.5):  # short waits: a signal is handled between them
-            pass
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
         typer.echo("stopping: shift states are saved first")
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # once is enough
         service.stop()
 
 
