@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -281,12 +281,14 @@ class Decoder:
         self.started_s = time.monotonic()
         self._sized = threading.Event()
         own = config.own_decoder
+        # our own settings may hold a store's password: no business of a decoder
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("TSM_")}
         if own:
             command, job = _child_job(config)
-            environment = {**os.environ, "PYTHONPATH": _python_path()}
+            environment |= {"PYTHONPATH": _python_path()}
         else:
             command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *decoder_command(config)]
-            job, environment = b"", dict(os.environ)
+            job = b""
         self.process = subprocess.Popen(  # noqa: S603
             command,
             stdin=subprocess.PIPE if own else subprocess.DEVNULL,
@@ -301,7 +303,7 @@ class Decoder:
         self._listener = threading.Thread(target=self._listen, name=f"{config.stream_id}-stderr", daemon=True)
         self._listener.start()
 
-    def frames(self) -> Iterator[Timed]:
+    def frames(self) -> Generator[Timed, None, None]:
         """The pictures with their times until the child ends; a child that gives nothing gives no frame."""
         assert self.process.stdout is not None
         options = {"fpsprobesize": "0", "analyzeduration": "0", "probesize": "32"}
@@ -503,7 +505,7 @@ class Source:
             if self._frames and time.monotonic() - began >= self.config.healthy_s:
                 failures = 0
             delay = self._delay(fault, failures)
-            failures += 1
+            failures += fault.code != LOOP
             self._lose(fault, delay)
             if delay is None or self._stopping.wait(max(0.0, delay)):
                 return
@@ -515,7 +517,7 @@ class Source:
         config = self.config
         if fault.retry == "never":
             return None
-        if fault.retry == "now":
+        if fault.code == LOOP or (fault.retry == "now" and not failures):
             return 0.0
         if fault.retry == "slow":
             return config.retry_config_s * random.uniform(0.9, 1.1)
@@ -666,10 +668,11 @@ def iter_file(path: str | Path, min_side_px: int = 256, stream_id: str = "file")
     decoder = Decoder(config)
     number = 0
     try:
-        for image, pts_s, _ in decoder.frames():
-            size = decoder.size() or (image.shape[2], image.shape[1])
-            yield Frame(stream_id, number, image, pts_s, pts_s, size)
-            number += 1
+        with contextlib.closing(decoder.frames()) as frames:
+            for image, pts_s, _ in frames:
+                size = decoder.size() or (image.shape[2], image.shape[1])
+                yield Frame(stream_id, number, image, pts_s, pts_s, size)
+                number += 1
         if not number:
             fault = classify(decoder.ended(), elapsed_s=0.0, io_timeout_s=1.0, frames=0, is_file=True)
             raise BadFile(f"{path}: {fault.message}; {fault.hint}")
