@@ -138,29 +138,29 @@ def infer(
     file: Annotated[Path, typer.Argument(help="video file")],
     model: Annotated[str, typer.Option("--model", help="name of the model")] = "motion9",
     as_json: Annotated[bool, typer.Option("--json", help="print every score and event as one JSON line")] = False,
-    annotate: Annotated[Path | None, typer.Option(help="write the video with the labels on it")] = None,
+    annotate: Annotated[Path | None, typer.Option(help="write an MP4 with labels, scores and events on it")] = None,
 ) -> None:
     """Recognise actions in a file, the same way as on a stream, without a service."""
-    import torch
-
     from pipelines.infer import infer_file
     from services.schemas import cloud_event, score_record
 
-    torch.set_num_threads(load_settings().engine.threads)
     frames = actions = 0
     for result in infer_file(file, model, annotate=annotate):
         frames += 1
-        if as_json and result.scores is not None:
-            at = (result.frame_number, result.pts_s, result.time_s)
-            typer.echo(json.dumps(score_record("file", model, *at, result.scores)))
+        actions += sum(event.phase == "new" for event in result.events)
+        if as_json:
+            if result.scores is not None:
+                at = (result.frame_number, result.pts_s, result.time_s)
+                typer.echo(json.dumps({"type": "score", "score": score_record("file", model, *at, result.scores)}))
+            for event in result.events:
+                typer.echo(json.dumps({"type": "event", "event": cloud_event(event)}))
+            continue
         for event in result.events:
-            actions += event.phase == "new"
-            if as_json:
-                typer.echo(json.dumps(cloud_event(event)))
-            elif event.phase != "update":
-                typer.echo(f"{event.frame_time_s:8.2f} s  {event.phase:4}  {event.label:20}  {event.top_score:.2f}")
+            if event.phase == "end":
+                length = f"{event.start_time_s:8.2f} - {event.frame_time_s:8.2f} s"
+                typer.echo(f"{length}  {event.label:<18} {event.top_score:.2f}")
     if not as_json:
-        typer.echo(f"{frames} frames, {actions} actions" + (f", written to {annotate}" if annotate else ""))
+        typer.echo(f"{frames} frames, {actions} actions{f'; written to {annotate}' if annotate else ''}")
 
 
 # streams

@@ -185,7 +185,7 @@ class StreamManager:
         self.store.delete_stream(stream_id)
 
     def start(self, stream_id: str) -> StreamView:
-        """Want the stream served. Raises StreamNotFound, NoCapacity."""
+        """Want the stream served; what ended or failed begins anew. Raises StreamNotFound, NoCapacity."""
         return self._enable(stream_id, True)
 
     def stop(self, stream_id: str) -> StreamView:
@@ -364,8 +364,9 @@ class StreamManager:
 
     def _enable(self, stream_id: str, enabled: bool) -> StreamView:
         spec = self.store.get_stream(stream_id)
-        if spec.enabled != enabled:
-            if enabled:
+        again = enabled and spec.enabled and (now := self.store.status(stream_id)) and now.state in ("ENDED", "FAILED")
+        if spec.enabled != enabled or again:
+            if enabled and not spec.enabled:
                 self._fits(1)
             changed = spec.model_copy(update={"enabled": enabled, "revision": spec.revision + 1})
             self.store.put_stream(changed, create=False)
@@ -410,7 +411,7 @@ def _source_error(source: SourceSpec, report: ProbeReport) -> CallerError | Worl
     text = f"{redact(source.uri)}: {fault.message if fault else 'the probe failed'}"
     if fault and fault.hint:
         text += f"; {fault.hint}"
-    text += " (to register it anyway, send ?probe=false)"
+    text += " (?probe=false or --no-probe registers it anyway)"
     if fault is None or fault.retry in ("slow", "never") or fault.code == "STREAM_DNS_FAILED":
         return SourceRejected(text, reason=reason)
     return SourceUnreachable(text, reason=reason)

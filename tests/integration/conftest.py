@@ -93,7 +93,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         _, alive = psutil.wait_procs(family, timeout=5)
         left = [(one.pid, one.cmdline()[:3]) for one in alive]
         assert (code, left) == (0, []), f"SIGTERM must end all: {log.read_text()[-2000:]}"
-        assert not list(temp.iterdir())
+        assert not list(temp.glob("tsm-*")), "Ray's folder is removed"
     finally:
         if process.poll() is None:
             process.kill()

@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import pytest
 from typer.testing import CliRunner, Result
 
+from pipelines.scenes import Scene
 from services.cli import app
 from services.manager import StreamManager
 from services.schemas import SourceSpec, StreamSpec, StreamStatus, state_event
@@ -182,3 +184,24 @@ def test_doctor_says_what_is_there_and_what_is_not(tmp_path: Path):
     failed = {line.split()[1] for line in result.stdout.splitlines() if line.startswith("FAIL")}
     assert failed == {"models", "port", "store"}
     assert CANARY not in result.output
+
+
+def test_infer_tells_a_film_without_a_service(tmp_path: Path):
+    film, shown = tmp_path / "film.mp4", tmp_path / "shown.mp4"
+    scene = Scene(3, fps=15)
+    with av.open(str(film), "w") as container:
+        stream = container.add_stream("libx264", rate=15)
+        stream.width = stream.height = 320
+        stream.pix_fmt = "yuv420p"
+        for number in range(60):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(scene.frame(number), format="rgb24")))
+        container.mux(stream.encode())
+    runner = CliRunner()
+    result = runner.invoke(app, ["infer", str(film), "--json", "--annotate", str(shown)])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["score"]["frame_number"] for line in lines if line["type"] == "score"] == list(range(60))
+    assert shown.stat().st_size > 10_000
+    assert "60 frames" in runner.invoke(app, ["infer", str(film)]).stdout
+    missing = runner.invoke(app, ["infer", str(tmp_path / "none.mp4")])
+    assert (missing.exit_code, "(reason: " in missing.stderr) == (2, True)

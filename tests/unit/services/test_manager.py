@@ -152,3 +152,13 @@ def test_status_follows_what_should_be_and_who_is_alive():
     for verb in (manager.get, manager.start, manager.stop, manager.delete, manager.preview, manager.events):
         with pytest.raises(StreamNotFound):
             verb("a")
+
+
+def test_start_begins_an_ended_file_anew():
+    manager = manager_of(slots=2)
+    manager.create(camera("a"), check=False)
+    lease = manager.store.assign("a", "r1")
+    manager.store.publish(lease, status=StreamStatus(state="RUNNING", since=1.0, worker="r1"))
+    assert manager.start("a").revision == 1, "it runs already"
+    manager.store.publish(lease, status=StreamStatus(state="ENDED", since=1.0, worker="r1"))
+    assert manager.start("a").revision == 2
