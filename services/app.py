@@ -37,7 +37,7 @@ from services.embedded import EmbeddedValkey
 from services.engine import Engine
 from services.http_api import http_app
 from services.manager import StreamManager, served_models
-from services.settings import Settings
+from services.settings import Settings, StoreSettings
 from services.store import open_store
 from tsm_core.errors import CallerError, WorldError
 
@@ -217,11 +217,7 @@ class Service:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             if settings.store.url is None:
-                valkey = EmbeddedValkey(settings.store.data_dir)
-                stack.callback(valkey.stop)
-                valkey.start()
-                store = settings.store.model_copy(update={"url": SecretStr(valkey.url)})
-                settings = settings.model_copy(update={"store": store})
+                settings = settings.model_copy(update={"store": _embedded_store(settings.store, stack)})
             self.settings = settings
             self._start_ray(settings, stack, port)
             self._stack = stack.pop_all()
@@ -234,7 +230,8 @@ class Service:
 
     def stop(self) -> None:
         """Save states, hand over, end every process that was started."""
-        self._stack.close()
+        with contextlib.redirect_stdout(None):  # Ray reports its own orderly end as failed tasks
+            self._stack.close()
 
     def __enter__(self) -> Service:
         return self
@@ -284,6 +281,22 @@ def own_signals() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in ours.items():
                 signal.signal(number, handler)
+
+
+def _embedded_store(settings: StoreSettings, stack: contextlib.ExitStack) -> StoreSettings:
+    """Two servers of our own: one keeps the registry on disk, the other states and pictures in memory alone."""
+    urls = {}
+    for name, folder, persistent in (
+        ("url", settings.data_dir, True),
+        ("state_url", settings.data_dir / "state", False),
+    ):
+        if name == "state_url" and settings.state_url is not None:
+            continue
+        valkey = EmbeddedValkey(folder, persistent=persistent)
+        stack.callback(valkey.stop)
+        valkey.start()
+        urls[name] = SecretStr(valkey.url)
+    return settings.model_copy(update=urls)
 
 
 def run_service(settings: Settings) -> Service:

@@ -79,9 +79,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         )
     try:
         url = _address(process, log)
-        config = dict(line.split(" ", 1) for line in (folder / "data/valkey/valkey.conf").read_text().splitlines())
-        store_url = f"redis://:{config['requirepass']}@127.0.0.1:{config['port']}/0"
-        store = RedisStore(StoreSettings(url=SecretStr(store_url)))
+        store = RedisStore(StoreSettings(url=_store_url(folder / "data"), state_url=_store_url(folder / "data/state")))
         with httpx.Client(base_url=url, timeout=30.0, trust_env=False) as http:
             running = RunningService(url, process, log, temp, store, http)
             running.wait(lambda: http.get("/healthz").is_success, 10.0, "healthy")
@@ -99,6 +97,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
             process.kill()
             process.wait()
         subprocess.run(["rm", "-rf", str(temp)], check=True)
+
+
+def _store_url(data_dir: Path) -> SecretStr:
+    """Where the embedded server of this folder listens, as its own configuration says."""
+    config = dict(line.split(" ", 1) for line in (data_dir / "valkey/valkey.conf").read_text().splitlines())
+    return SecretStr(f"redis://:{config['requirepass']}@127.0.0.1:{config['port']}/0")
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
