@@ -441,7 +441,8 @@ class Engine:
 
     def _published(self, session: Session, seconds: float) -> None:
         session.published(seconds)
-        self.telemetry.published(session.id, seconds)
+        if self.sessions.get(session.id) is session:  # else its labels would come back after they were dropped
+            self.telemetry.published(session.id, seconds)
         self.telemetry.stage("publish", seconds)
 
     def _submit(self, work: Callable[..., Any], *args: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +38,8 @@ def using(valkey_url: str, tmp_path: Path) -> Settings:
         store=StoreSettings(url=valkey_url, prefix=f"{tmp_path.name}:"),
         engine=EngineSettings(
             slots=4,
-            max_frame_age_s=3.0,  # a busy test machine is no reason to drop
+            max_frame_age_s=3.0,  # a busy test machine is no reason to drop, nor to call a replica dead
+            heartbeat_ttl_ms=2000,
             models=(ModelSettings(name=MODEL, path=tmp_path / "motion9.safetensors"),),
         ),
     )
@@ -84,9 +88,10 @@ def test_a_drained_replicas_streams_go_on_elsewhere_with_their_state(cameras, st
     serve(store, cameras)
     wait(lambda: all(sees(store, name, 15) for name in CAMERAS), 60)
     owners = {name: status(store, name).worker for name in CAMERAS}
-    assert set(owners.values()) == {"r1", "r2"}
-    leaving, staying = engines["r1"], engines["r2"]
-    moved = next(name for name, owner in owners.items() if owner == "r1")
+    moved = CAMERAS[0]
+    leaving = engines.pop(str(owners[moved]))
+    (staying,) = engines.values()
+    engines[leaving.id] = leaving
 
     start = time.monotonic()
     leaving.drain()
@@ -96,7 +101,7 @@ def test_a_drained_replicas_streams_go_on_elsewhere_with_their_state(cameras, st
     last = decode_snapshot(blob)
     assert last.epoch == status(store, moved).epoch
 
-    wait(lambda: moved in staying.sessions and status(store, moved).worker == "r2", 5)
+    wait(lambda: moved in staying.sessions and status(store, moved).worker == staying.id, 5)
     restored = staying.sessions[moved].restored
     assert restored.mode == "checkpoint"
     assert (restored.blob_bytes, restored.blob_sha256) == (len(blob), sha256(blob))
@@ -127,6 +132,64 @@ def test_what_the_camera_sent_is_processed_or_counted_as_dropped(cameras, store,
         assert 0 <= sent - received <= 8  # on the wire or in the decoder when the connection was cut
 
 
+ALONE = """
+import sys, threading
+from services.engine import Engine
+from services.settings import Settings
+from services.store import RedisStore
+
+settings = Settings.model_validate_json(sys.stdin.readline())
+Engine(settings, RedisStore(settings.store), "doomed").start()
+threading.Event().wait()
+"""
+
+
+def test_a_killed_replicas_streams_are_restored_from_their_last_save(cameras, using, store):
+    name = "north"
+    values = using.model_dump(mode="json")
+    values["store"]["url"] = using.store.url.get_secret_value() if using.store.url else None
+    doomed = subprocess.Popen([sys.executable, "-c", ALONE], stdin=subprocess.PIPE, text=True)
+    assert doomed.stdin is not None
+    doomed.stdin.write(json.dumps(values) + "\n")
+    doomed.stdin.flush()
+    wait(lambda: [replica.id for replica in store.replicas()] == ["doomed"], 60)
+    controller = Controller(store, using.controller, "c1")
+    controller.start()
+    heir = Engine(using, RedisStore(using.store), "heir")
+    try:
+        store.put_stream(StreamSpec(id=name, source=SourceSpec(uri=cameras.urls[0])), create=True)
+        wait(lambda: sees(store, name, 20) and store.load(name), 60)
+        heir.start()
+        wait(lambda: len(store.replicas()) == 2)
+        decoders = psutil.Process(doomed.pid).children(recursive=True)
+        assert decoders
+
+        doomed.kill()
+        doomed.wait()
+        blob = store.load(name)
+        assert blob is not None
+        start = time.monotonic()
+        wait(lambda: store.leases()[name].owner == "heir", 5)
+        reassigned_s = time.monotonic() - start
+        wait(lambda: (s := store.status(name)) is not None and s.worker == "heir" and s.restored, 10)
+        restored = status(store, name).restored
+        assert restored is not None
+        assert (restored.mode, restored.blob_bytes) == ("checkpoint", len(blob))
+        assert restored.blob_sha256 == sha256(blob)
+        assert restored.frame_number == decode_snapshot(blob).frame_number
+        known = status(store, name).processed
+        wait(lambda: sees(store, name, known + 5), 20)
+        assert reassigned_s <= using.engine.heartbeat_ttl_ms / 1000 + 1.0
+        assert not [child for child in decoders if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        doomed.kill()
+        doomed.stdin.close()
+        doomed.wait()
+        controller.stop()
+        heir.stop()
+        heir.store.close()
+
+
 def test_nothing_is_left_behind(cameras, using, store):
     me = psutil.Process()
     before = {child.pid for child in me.children(recursive=True)}
@@ -139,6 +202,7 @@ def test_nothing_is_left_behind(cameras, using, store):
     assert {child.pid for child in me.children(recursive=True)} > before  # decoders
     controller.stop()
     engine.stop()
+    engine.store.close()
     wait(lambda: {child.pid for child in me.children(recursive=True)} <= before, 5)
     assert store.replicas() == []
 
