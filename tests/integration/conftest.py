@@ -23,7 +23,7 @@ from services.settings import StoreSettings
 from services.store import RedisStore
 
 START_S = 120.0
-STOP_S = 30.0
+STOP_S = 60.0
 
 
 @dataclass

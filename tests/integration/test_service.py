@@ -223,7 +223,9 @@ def test_killed_replica_hands_its_streams_over(service: RunningService, cameras:
     for name, url in zip(names, cameras.urls, strict=True):
         service.add(name, url)
     service.wait(lambda: all(service.status(name)["state"] == "RUNNING" for name in names), 15, "RUNNING")
-    service.wait(lambda: all(service.status(n)["checkpoint_age_s"] is not None for n in names), 15, "saved")
+    service.wait(lambda: all(map(service.store.load, names)), 20, "a saved state of each")
+    service.wait(lambda: not any(service.status(n)["warmup"] for n in names), 20, "whole shift states")
+    time.sleep(2.5)  # one more save, of the whole states
     owner = service.status(names[0])["worker"]
     leases = service.store.leases()
     moved = [name for name in names if leases[name].owner == owner]
@@ -260,7 +262,7 @@ def test_killed_replica_hands_its_streams_over(service: RunningService, cameras:
         assert blob is not None
         assert (status.restored.mode, status.restored.blob_bytes) == ("checkpoint", len(blob))
         assert status.restored.blob_sha256 == sha256(blob)
-        assert not status.warmup, "the shift state is whole"
+        assert not status.warmup, "the shift state is whole from the first frame on"
     print(f"reassigned {reassigned_s:.2f} s, first results {max(first.values()):.2f} s after SIGKILL")
     assert reassigned_s <= 1.2
     assert max(first.values()) <= 2.0 + 1.0
