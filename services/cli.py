@@ -141,9 +141,13 @@ def infer(
     annotate: Annotated[Path | None, typer.Option(help="write an MP4 with labels, scores and events on it")] = None,
 ) -> None:
     """Recognise actions in a file, the same way as on a stream, without a service."""
+    import torch
+
     from pipelines.infer import infer_file
     from services.schemas import cloud_event, score_record
 
+    # threads that wait for one another cost minutes on a busy machine
+    torch.set_num_threads(load_settings().engine.threads)
     frames = actions = 0
     for result in infer_file(file, model, annotate=annotate):
         frames += 1
