@@ -4,7 +4,9 @@ import contextlib
 import http.server
 import logging
 import os
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -247,6 +249,33 @@ def test_a_password_opens_the_camera_and_is_seen_nowhere(server, auth, caplog):
     told = caplog.text + repr(seen.states) + repr(wrong.states) + repr(seen.source.config)
     assert "canary" not in told
     assert "STREAM_AUTH_FAILED" in told
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_an_untrusted_certificate_is_refused(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    words = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -keyout {key} -out {certificate}"
+    subprocess.run(words.split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def answer():
+        with contextlib.suppress(OSError):
+            while True:
+                link, _ = listener.accept()
+                with contextlib.suppress(OSError), link:
+                    context.wrap_socket(link, server_side=True).recv(100)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        uri = f"rtsps://127.0.0.1:{listener.getsockname()[1]}/x"
+        report = probe(uri)
+        with Seen(uri) as seen:
+            seen.wait_state("FAILED", "STREAM_TLS_CERTIFICATE")
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert (report.stages[-1].name, report.fault.code) == ("tls", "STREAM_TLS_CERTIFICATE")
 
 
 def test_a_new_shape_of_the_picture_is_followed(server, either):
