@@ -25,7 +25,7 @@ def photograph(url: str, tiles: int, seconds: float, scheme: str) -> bytes:
         page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme=scheme)
         page.goto(url)
         live = "[...document.querySelectorAll('img.live')].filter((image) => image.naturalWidth).length"
-        page.wait_for_function(f"{live} >= {tiles}", timeout=60_000)
+        page.wait_for_function(f"() => {live} >= {tiles}", timeout=60_000)
         page.wait_for_timeout(seconds * 1000)
         return page.screenshot()
 

@@ -774,7 +774,7 @@ const connection = {
       tile.reopenPicture(); // the old multipart answer may have died with the connection
       tile.loadScores();
     }
-    loadModels();
+    if (again) loadModels();
     refresh().then(loadEvents);
     readStats();
     this.show();
@@ -1088,7 +1088,7 @@ window.matchMedia("(prefers-color-scheme: light)").addEventListener("change", ()
   render();
 });
 
-connection.start();
+loadModels().finally(() => connection.start()); // models first: their order gives each label its colour on every visit
 setInterval(render, RENDER_MS);
 setInterval(() => { for (const tile of tiles.values()) tile.pollPicture(); }, POLL_MS);
 setInterval(() => { for (const tile of tiles.values()) tile.describeStrip(); }, 5_000);
