@@ -38,25 +38,25 @@ TAIL_BATCH = 256  # most records of one feed in one answer of `tail`
 FAREWELL_S = 60  # feeds of a deleted stream stay readable so long, for those who follow them
 
 
-class StreamExists(CallerError):  # noqa: N818
+class StreamExists(CallerError):
     """A stream of this id is registered already."""
 
     reason = "stream_exists"
 
 
-class StreamNotFound(CallerError):  # noqa: N818
+class StreamNotFound(CallerError):
     """No stream of this id is registered."""
 
     reason = "stream_not_found"
 
 
-class StaleLease(WorldError):  # noqa: N818
+class StaleLease(WorldError):
     """The stream was given to another owner, or taken away; nothing was written."""
 
     reason = "stale_lease"
 
 
-class StoreDown(WorldError):  # noqa: N818
+class StoreDown(WorldError):
     """The store does not answer or cannot write; it is used again as soon as it is back."""
 
     reason = "store_unavailable"

@@ -15,7 +15,7 @@ from tsm_core.shift import Start
 FP16_MAX = 65504.0
 
 
-class ArenaFull(WorldError):  # noqa: N818
+class ArenaFull(WorldError):
     """Every slot is taken; a stream must leave first."""
 
     reason = "arena_full"

@@ -21,7 +21,7 @@ FC_STD = 0.001
 _running: ContextVar[Pass] = ContextVar("tsm_pass")
 
 
-class UnknownBackbone(CallerError):  # noqa: N818
+class UnknownBackbone(CallerError):
     """No backbone of this name."""
 
     reason = "unknown_backbone"

@@ -16,7 +16,7 @@ from tsm_core.recipes import Recipe
 from tsm_core.shift import ClipPass, ShiftMode, StepPass
 
 
-class NotSteppable(CallerError):  # noqa: N818
+class NotSteppable(CallerError):
     """A model that needs the future was asked to go frame by frame."""
 
     reason = "not_steppable"

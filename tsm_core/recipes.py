@@ -17,7 +17,7 @@ class RecipeError(CallerError):
     reason = "invalid_recipe"
 
 
-class UnknownRecipe(CallerError):  # noqa: N818
+class UnknownRecipe(CallerError):
     """No recipe of this name."""
 
     reason = "unknown_recipe"

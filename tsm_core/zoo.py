@@ -10,7 +10,7 @@ from tsm_core.errors import CallerError
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-class UnknownModel(CallerError):  # noqa: N818
+class UnknownModel(CallerError):
     """No model of this name."""
 
     reason = "unknown_model"
