@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -207,7 +208,7 @@ def run(settings: Settings, seconds: float | None = None, say: Callable[[str], N
         clients = {stream: SimulatorClient(url) for stream, url in zip(streams, simulator.urls, strict=True)}
         if settings.store.url is None:
             data_dir = stack.enter_context(TemporaryDirectory(prefix="tsm-demo-", ignore_cleanup_errors=True))
-            store_settings = settings.store.model_copy(update={"data_dir": data_dir})
+            store_settings = settings.store.model_copy(update={"data_dir": Path(data_dir)})
             settings = settings.model_copy(update={"store": store_settings})
         say("starting the service: store, controller, engine replicas, page (some 20 s) ...")
         service = run_service(settings)
