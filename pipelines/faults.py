@@ -172,6 +172,12 @@ def _last_words(lines: Sequence[str], pattern: str = r"\[(error|fatal|panic)\]")
     return re.sub(r"^(\[[^\]]*\]\s*)+", "", line).strip()[:200]
 
 
+# some cameras join the parameters in their paths by underscores: user=admin_password=secret_channel=1
+_PARAMETER = re.compile(
+    r"(?i)(?<![a-z])(pass(?:word|wd)?|pwd|token|secret|api_?key)=[^&\s;\"'<>]+?(?=_[a-z]+=|[&\s;\"'<>]|$)"
+)
+
+
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """The text without secrets: `***` stands for userinfo in URLs, password-like parameters and each known secret.
 
@@ -181,7 +187,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     for secret in sorted({s for s in secrets if s}, key=len, reverse=True):
         text = re.sub("".join(map(_encodings, secret)), HIDDEN, text)
     text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)\S*@", rf"\1{HIDDEN}@", text)
-    text = re.sub(r"(?i)\b(pass(?:word|wd)?|pwd|token|secret|api_?key)=[^&\s;\"'<>]+", rf"\1={HIDDEN}", text)
+    text = _PARAMETER.sub(rf"\1={HIDDEN}", text)
     return re.sub(r"(?i)\b(authorization:\s*)[^\r\n]+", rf"\1{HIDDEN}", text)
 
 

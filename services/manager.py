@@ -103,6 +103,7 @@ class ServedModel(Wire):
 
     name: str = Field(examples=["motion9"])
     labels: tuple[str, ...]
+    background: tuple[str, ...] = Field((), description="labels that are no action, such as `still`")
     mode: Literal["step", "window"] = Field(description="step: one result a frame; window: one every stride_s")
     input_px: int
     default: bool = Field(False, description="used by streams that name no model")
@@ -123,6 +124,7 @@ def served_models(settings: Settings) -> tuple[ServedModel, ...]:
             ServedModel(
                 name=model.name,
                 labels=recipe.labels,
+                background=recipe.background,
                 mode="window" if recipe.shift == "bi" else "step",
                 input_px=recipe.preprocess.input_px,
                 default=index == 0,

@@ -310,7 +310,8 @@ class Tile {
     setText(parts.feed, silent ? `no news for ${Math.round((now - this.newsAt) / 1000)} s` : "1 picture a second");
 
     this.renderNotice(state, status, pictured);
-    setHidden(parts.start, this.spec.enabled);
+    const over = state === "ENDED" || (state === "FAILED" && !this.status?.retry_at);
+    setHidden(parts.start, this.spec.enabled && !over); // starting what is over begins it anew
     setHidden(parts.stop, !this.spec.enabled);
 
     const fresh = this.score && now - this.score.at < 3_000 && state === "RUNNING";

@@ -42,6 +42,7 @@ def test_a_url_loses_its_userinfo_without_knowing_the_password(password):
     ("text", "clean"),
     [
         ("rtsp://cam/live?user=me&password=canary&channel=1", "rtsp://cam/live?user=me&password=***&channel=1"),
+        ("rtsp://cam/user=me_password=can_ary_channel=1.sdp", "rtsp://cam/user=me_password=***_channel=1.sdp"),
         ("GET x?PWD=canary", "GET x?PWD=***"),
         ("Authorization: Basic Y2FuYXJ5", "Authorization: ***"),
         ("rtsp://cam:554/live says 404", "rtsp://cam:554/live says 404"),
