@@ -64,7 +64,7 @@ def infer_file(
     """
     if isinstance(model, str):
         name = name or model
-        model = load_model(find_model(model))
+        model = load_model(find_model(model)).for_inference()
     recipe, spec = model.recipe, model.recipe.preprocess
     needed_px = spec.resize_px if spec.resize == "short" else spec.input_px
     smoother = Smoother(recipe.labels, recipe.smoothing_s)

@@ -568,6 +568,6 @@ class Engine:
 
     def _load(self) -> dict[str, TSM | WindowTSM]:
         return {
-            model.name: load_model(find_model(model.name, model.path), self.device)
+            model.name: load_model(find_model(model.name, model.path), self.device).for_inference()
             for model in self.settings.engine.models
         }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import MobileNetV2, ResNet, mobilenet_v2, resnet50, resnet101
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock
@@ -148,6 +150,23 @@ def build_backbone(
         _shift_layers(net, fold_div)
     _classifier(net, dropout)
     return net
+
+
+def fold_batch_norm(net: nn.Module) -> None:
+    """Put each batch norm's statistics into the convolution before it: same outputs in eval mode, fewer passes.
+
+    torchvision registers every norm right behind its convolution. The network cannot be trained any more.
+    """
+    for parent in list(net.modules()):
+        children = list(parent.named_children())
+        for (_, conv), (name, norm) in pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                )
+                setattr(parent, name, nn.Identity())
 
 
 def shifted_layers(net: nn.Module) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from tsm_core.arena import Arena, Slot, WindowArena
-from tsm_core.backbones import build_backbone, run, shifted_layers, state_spec
+from tsm_core.backbones import build_backbone, fold_batch_norm, run, shifted_layers, state_spec
 from tsm_core.errors import CallerError, ShapeError
 from tsm_core.preprocess import preprocess
 from tsm_core.recipes import Recipe
@@ -56,6 +56,12 @@ class TSM(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def for_inference(self) -> Self:
+        """The model itself, made fast for serving: eval mode, batch norm folded, channels last; no longer trainable."""
+        self.eval().requires_grad_(requires_grad=False)
+        fold_batch_norm(self.net)
+        return self.to(memory_format=torch.channels_last)
 
     def preprocess(self, images: Sequence[Tensor] | Tensor) -> Tensor:
         """Model input (N, 3, h, w) from uint8 pictures (3, H, W) of any sizes, on the model's device."""
@@ -134,6 +140,11 @@ class WindowTSM(nn.Module):
         self.window_s = window_s or model.recipe.window_s
         self.stride_s = stride_s or model.recipe.stride_s or self.window_s / 4
         self.memory_frames = model.recipe.frames
+
+    def for_inference(self) -> Self:
+        """The model itself, made fast for serving and no longer trainable."""
+        self.model.for_inference()
+        return self.eval()
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def bench_step(rounds: int = 7) -> list[list[object]]:
     """Online step against the usual way, with and without shift, one stream and eight."""
     rows: list[list[object]] = []
     for backbone, calls in (("mobilenet_v2", 12), ("resnet50", 4)):
-        model = build(recipe_of(backbone)).eval()
+        model = build(recipe_of(backbone)).for_inference()
         pixels = torch.randn(1, 3, model.input_px, model.input_px)
         plain, flat = plain_online(backbone), plain_online(backbone, shifted=False)
         with torch.inference_mode():
@@ -92,7 +92,7 @@ def bench_state(rounds: int = 7) -> list[list[object]]:
     """What gathering and scattering the shift state costs beside the step."""
     rows: list[list[object]] = []
     for backbone in ("mobilenet_v2", "resnet50", "resnet_small"):
-        model = build(recipe_of(backbone)).eval()
+        model = build(recipe_of(backbone)).for_inference()
         arena = model.new_arena(8)
         slots = [arena.allocate() for _ in range(8)]
         batch = torch.randn(8, 3, model.input_px, model.input_px)

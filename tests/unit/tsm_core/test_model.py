@@ -1,10 +1,12 @@
 """The laws of a model that is stepped: unroll, isolation, finite memory, and moving house."""
 
+import copy
 import random
 import threading
 
 import pytest
 import torch
+from torch import nn
 
 from tsm_core.arena import SlotError
 from tsm_core.errors import CallerError, ShapeError
@@ -251,3 +253,15 @@ def test_preprocess_is_the_recipes(model_of):
     pixels = model_of("resnet_small").preprocess([torch.zeros(3, 90, 120, dtype=torch.uint8)] * 2)
     assert pixels.shape == (2, 3, 64, 64)
     assert pixels[0, :, 0, 0].tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+
+
+@pytest.mark.parametrize("backbone", MEMORY)
+def test_made_for_inference_it_says_the_same(backbone, model_of, device):
+    model = copy.deepcopy(model_of(backbone, px=PX[backbone], device=device))
+    clip = clip_of(2, 3, PX[backbone], device)
+    with torch.no_grad():
+        before = model.forward_frames(clip)
+        after = model.for_inference().forward_frames(clip)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert relative(after, before) <= TOLERANCE
+    assert relative(run_steps(model, clip), before) <= TOLERANCE
