@@ -392,6 +392,8 @@ def _shown(spec: StreamSpec, status: StreamStatus | None, alive: set[str]) -> St
     if status.worker is None or status.worker in alive or status.state in ("STOPPED", "ENDED"):
         if spec.enabled and status.state == "STOPPED":
             return status.model_copy(update={"state": "STARTING", "status_message": "waiting for a replica"})
+        if not spec.enabled and status.state not in ("STOPPED", "ENDED", "FAILED"):
+            return status.model_copy(update={"state": "STOPPING", "status_message": ""})
         return status
     if not spec.enabled:
         return status.model_copy(update={"state": "STOPPED", "status_message": "", "fps": 0.0, "processed_fps": 0.0})

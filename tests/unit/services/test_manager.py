@@ -143,6 +143,8 @@ def test_status_follows_what_should_be_and_who_is_alive():
     manager.create(camera("a"), check=False)
     store.publish(store.assign("a", "r1"), status=StreamStatus(state="RUNNING", since=1.0, worker="r1"))
     assert manager.status("a").state == "RUNNING"
+    assert manager.stop("a").status.state == "STOPPING", "its replica has yet to let go"
+    manager.start("a")
     store.retire("r1")
     lost = manager.status("a")
     assert (lost.state, lost.fps) == ("RESTARTING", 0.0)
