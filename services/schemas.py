@@ -49,7 +49,7 @@ class SourceSpec(Wire):
         if not isinstance(data, dict) or not isinstance(data.get("uri"), str):
             return data
         scheme, found, rest = data["uri"].partition("://")
-        authority = re.split(r"[/?#]", rest, maxsplit=1)[0] if "@" in rest.split("/")[0] else ""
+        authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
         if not found or "@" not in authority:
             return data
         # a raw "@" in a password is common: the last one before the first slash ends the userinfo
@@ -69,7 +69,13 @@ class SourceSpec(Wire):
             raise ValueError(f"scheme {parts.scheme!r} is not supported: use rtsp://, rtsps:// or file://")
         if parts.scheme.lower() != "file" and not parts.hostname:
             raise ValueError("the address has no host: use rtsp://HOST[:PORT]/PATH")
-        _ = parts.port  # raises ValueError when it is no number in 0..65535
+        try:
+            _ = parts.port
+        except ValueError:  # its text would repeat what may be a password
+            raise ValueError(
+                "the port is no number in 0..65535; a password with / ? # or @ goes percent-encoded into the address, "
+                "or into `password`"
+            ) from None
         return urlunsplit(parts._replace(scheme=parts.scheme.lower()))
 
     @property

@@ -114,7 +114,6 @@ class LoggerSettings(Section):
     """Logs."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe line that is shown")
-    json_lines: bool = Field(False, description="one JSON object per line")
 
 
 class Settings(BaseSettings):
