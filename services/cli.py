@@ -40,6 +40,12 @@ class NoServer(WorldError):
     reason = "server_unreachable"
 
 
+class NothingToChange(CallerError):
+    """An update that names no field."""
+
+    reason = "nothing_to_change"
+
+
 class NotRunning(WorldError):
     """The stream did not run in time."""
 
@@ -233,6 +239,32 @@ def get_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOC
         for key, value in values.items():
             if value not in (None, "", {}, []):
                 typer.echo(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+@streams_app.command("update")
+def update_stream(
+    stream_id: StreamArg,
+    name: Annotated[str | None, typer.Option(help="name to show")] = None,
+    uri: Annotated[str | None, typer.Option("--uri", help="new address; its password must be given again")] = None,
+    username: UserOption = None,
+    password: PasswordPrompt = False,
+    password_stdin: PasswordStdin = False,
+    model: Annotated[list[str] | None, typer.Option("--model", help="models from now on")] = None,
+    max_fps: Annotated[float | None, typer.Option(help="recognise at most so many frames a second")] = None,
+    transport: Transport = "tcp",
+    no_probe: Annotated[bool, typer.Option("--no-probe", help="take the address even if it does not answer")] = False,
+    as_json: Json = False,
+    server: Server = LOCAL,
+) -> None:
+    """Change a stream; what is not named stays."""
+    changes: dict[str, Any] = {"name": name, "max_fps": max_fps}
+    changes["source"] = _source(uri, username, password, password_stdin, transport) if uri is not None else None
+    changes["models"] = [{"name": one} for one in model] if model else None
+    body = {key: value for key, value in changes.items() if value is not None}
+    if not body:
+        raise NothingToChange("nothing to change: name at least one of --name --uri --model --max-fps")
+    view = _ask(server, "PATCH", _path(stream_id), json=body, params={"probe": str(not no_probe).lower()})
+    _show(view, as_json, f"{view['id']}  {view['status']['state']}  {view['source']['uri']}")
 
 
 @streams_app.command("remove")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import re
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
@@ -17,7 +16,7 @@ from fastapi import APIRouter, Body, FastAPI, Header, Query, Request, Response, 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -81,6 +80,28 @@ class NewStream(Wire):
     models: tuple[StreamModel, ...] = Field((), max_length=8, description="empty: the service's default model")
     max_fps: float | None = Field(None, gt=0, le=240, description="recognise at most this many frames a second")
     tags: dict[str, str] = Field(default_factory=dict, max_length=32)
+
+
+class StreamChanges(Wire):
+    """What to change of a stream; what is left out stays. A source is replaced whole, password included."""
+
+    name: str = Field("", max_length=200)
+    enabled: bool = True
+    source: SourceSpec | None = None
+    models: tuple[StreamModel, ...] = Field((), max_length=8)
+    max_fps: float | None = Field(None, gt=0, le=240)
+    tags: dict[str, str] = Field(default_factory=dict, max_length=32)
+
+    @model_validator(mode="after")
+    def check_source(self) -> StreamChanges:
+        """A stream has a source: it can be replaced, not taken away."""
+        if "source" in self.model_fields_set and self.source is None:
+            raise ValueError("source cannot be null: leave it out, or give the new one")
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """The fields that were sent."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
 
 
 class ProbeRequest(Wire):
@@ -165,6 +186,7 @@ EXAMPLES: dict[str, Any] = {
         "value": {"id": "film", "source": {"uri": "file:///srv/films/street.mp4", "loop": True}},
     },
 }
+CHANGES: dict[str, Any] = {"rate": {"summary": "Recognise fewer frames", "value": {"name": "Door", "max_fps": 5}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Problem, "description": "The request cannot be served; `reason` says why"},
     "5XX": {"model": Problem, "description": "A camera, the store or a device failed; try again"},
@@ -216,6 +238,16 @@ def _streams(manager: StreamManager, hub: Hub) -> APIRouter:
     @router.get("/streams/{stream_id}", summary="One stream")
     def get_stream(stream_id: str) -> StreamView:
         return manager.get(stream_id)
+
+    @router.patch("/streams/{stream_id}", summary="Change a stream")
+    def update_stream(
+        stream_id: str,
+        changes: Annotated[StreamChanges, Body(openapi_examples=CHANGES)],
+        probe: Annotated[bool, Query(description="false: take a new source even if it does not answer")] = True,
+    ) -> StreamView:
+        view = manager.update(stream_id, changes.given(), check=probe)
+        hub.look()
+        return view
 
     @router.delete("/streams/{stream_id}", status_code=204, summary="Remove a stream")
     def delete_stream(stream_id: str) -> None:
@@ -542,11 +574,7 @@ def _problems(app: FastAPI) -> None:
 
 
 def _fact(error: Mapping[str, Any]) -> str:
-    text = str(error["msg"]).removeprefix("Value error, ")
-    if re.match(r"Port could not|Port out of|netloc |Invalid IPv6|.*does not appear to be", text):
-        # the library's words quote what may be a piece of a password that holds a slash
-        return "the address cannot be read: use rtsp://HOST[:PORT]/PATH; write a / in a password as %2F"
-    return text
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 class BodyLimit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
@@ -25,6 +25,10 @@ FORBIDDEN_NETS = tuple(
     for net in ("169.254.0.0/16", "fe80::/10", "100.100.100.200/32", "fd00:ec2::254/128", "192.0.0.192/32")
 )
 """Link-local addresses and the clouds' metadata services: never a camera."""
+
+
+RESTARTING = ("source", "models", "max_fps", "enabled")
+"""Fields of a specification whose change begins the source anew."""
 
 
 class SourceNotAllowed(CallerError):
@@ -160,15 +164,13 @@ class StreamManager:
         Raises StreamExists, UnknownModel, SourceNotAllowed, SourceNotFound, NoCapacity, and SourceRejected or
         SourceUnreachable when the probe fails.
         """
-        spec = spec.model_copy(update={"models": self._known(spec.models), "source": self.allowed(spec.source)})
+        spec = spec.model_copy(update={"models": self._known(spec.models)})
+        allowed = self.allowed(spec.source)
         if spec.id in {other.id for other in self.store.list_streams()}:
             raise StreamExists(f"stream {spec.id!r} exists already; choose another id, or delete it first")
         if spec.enabled:
             self._fits(1)
-        if check and not spec.source.is_file:
-            report = self._run_probe(spec.source, "describe")
-            if not report.ok:
-                raise _source_error(spec.source, report)
+        spec = spec.model_copy(update={"source": self._checked_source(allowed, check)})
         self.store.put_stream(spec, create=True)
         return self.get(spec.id)
 
@@ -181,6 +183,26 @@ class StreamManager:
         """All streams, ordered by id."""
         alive, statuses = self._alive(), self.store.statuses()
         return [self._view(spec, statuses.get(spec.id), alive) for spec in self.store.list_streams()]
+
+    def update(self, stream_id: str, changes: Mapping[str, Any], *, check: bool = True) -> StreamView:
+        """The stream with some fields of its specification replaced; with `check` a new source answers a probe first.
+
+        A source is replaced whole, password included: an old password is never sent to a new address. A new source,
+        model or rate begins the source anew, on the same shift state where it still fits; a name or tags do not.
+        Raises StreamNotFound and what `create` raises.
+        """
+        spec = self.store.get_stream(stream_id)
+        checked = dict(changes)
+        if "models" in checked:
+            checked["models"] = self._known(checked["models"])
+        if "source" in checked:
+            checked["source"] = self._checked_source(checked["source"], check)
+        changed = spec.model_copy(update=checked)
+        if changed.enabled and not spec.enabled:
+            self._fits(1)
+        restarts = any(getattr(changed, name) != getattr(spec, name) for name in RESTARTING)
+        self.store.put_stream(changed.model_copy(update={"revision": spec.revision + restarts}), create=False)
+        return self.get(stream_id)
 
     def delete(self, stream_id: str) -> None:
         """Forget the stream; its replica lets go of it. Raises StreamNotFound."""
@@ -300,6 +322,14 @@ class StreamManager:
                     "decoder 'ffmpeg' would show this source's password in the process list; use 'auto' or 'pyav'"
                 )
             return source.model_copy(update={"decoder": "pyav"})
+        return source
+
+    def _checked_source(self, source: SourceSpec, check: bool) -> SourceSpec:
+        source = self.allowed(source)
+        if check and not source.is_file:
+            report = self._run_probe(source, "describe")
+            if not report.ok:
+                raise _source_error(source, report)
         return source
 
     def _allowed_file(self, given: str) -> Path:

@@ -64,18 +64,18 @@ class SourceSpec(Wire):
     @classmethod
     def check_uri(cls, uri: str) -> str:
         """Refuse what cannot be a source; which files and hosts may be opened is the service's policy."""
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+            _ = parts.port
+        except ValueError:  # its words would quote what may be a piece of a password
+            raise ValueError(
+                "the address cannot be read: use rtsp://HOST[:PORT]/PATH; in a password write / as %2F, ? as %3F, "
+                "# as %23 and @ as %40, or give it as `password`"
+            ) from None
         if parts.scheme.lower() not in ("rtsp", "rtsps", "file"):
             raise ValueError(f"scheme {parts.scheme!r} is not supported: use rtsp://, rtsps:// or file://")
         if parts.scheme.lower() != "file" and not parts.hostname:
             raise ValueError("the address has no host: use rtsp://HOST[:PORT]/PATH")
-        try:
-            _ = parts.port
-        except ValueError:  # its text would repeat what may be a password
-            raise ValueError(
-                "the port is no number in 0..65535; a password with / ? # or @ goes percent-encoded into the address, "
-                "or into `password`"
-            ) from None
         return urlunsplit(parts._replace(scheme=parts.scheme.lower()))
 
     @property

@@ -63,6 +63,10 @@ def test_stream_goes_through_its_life(server: str):
     assert json.loads(tsm(server, "streams", "get", "a", "--json").stdout)["revision"] == 3
     watched = tsm(server, "streams", "watch", "a", "--count", "2", "--every-s", "0.1", "--json").stdout
     assert [json.loads(line)["state"] for line in watched.splitlines()] == ["STARTING", "STARTING"]
+    assert "rtsp://127.0.0.1/x" in tsm(server, "streams", "update", "a", "--name", "Door", "--max-fps", "5").stdout
+    updated = json.loads(tsm(server, "streams", "get", "a", "--json").stdout)
+    assert (updated["name"], updated["max_fps"], updated["revision"]) == ("Door", 5.0, 4)
+    assert "(reason: nothing_to_change)" in tsm(server, "streams", "update", "a").stderr
     assert tsm(server, "streams", "remove", "a").exit_code == 0
 
 

@@ -84,6 +84,45 @@ def action(stream_id: str, number: int) -> dict:
     )
 
 
+def test_what_is_left_out_of_a_change_stays(client: httpx.Client, manager: StreamManager):
+    add(client)
+    renamed = client.patch("/v1/streams/door-1", json={"name": "Door", "tags": {"floor": "1"}}).json()
+    assert (renamed["name"], renamed["revision"]) == ("Door", 1), "a name does not begin the source anew"
+    slower = client.patch("/v1/streams/door-1", json={"max_fps": 5}).json()
+    assert (slower["max_fps"], slower["name"], slower["revision"]) == (5.0, "Door", 2)
+    assert client.patch("/v1/streams/door-1", json={"max_fps": None}).json()["max_fps"] is None
+    assert client.patch("/v1/streams/door-1", json={"enabled": False}).json()["status"]["state"] == "STOPPED"
+    kept = manager.store.get_stream("door-1").source.password
+    assert kept is not None
+    assert kept.get_secret_value() == CANARY
+
+
+def test_a_new_address_is_sent_no_old_password(client: httpx.Client, manager: StreamManager):
+    add(client)
+    moved = client.patch("/v1/streams/door-1?probe=false", json={"source": {"uri": "rtsp://127.0.0.1:9/other"}})
+    assert moved.json()["source"]["uri"] == "rtsp://127.0.0.1:9/other"
+    source = manager.store.get_stream("door-1").source
+    assert (source.username, source.password) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "reason"),
+    [
+        ({"source": {"uri": "file:///etc/passwd"}}, 422, "source_not_allowed"),
+        ({"source": {"uri": "rtsp://no-such-host.invalid/x"}}, 422, "stream_dns_failed"),
+        ({"source": None}, 422, "invalid_request"),
+        ({"models": [{"name": "gpt"}]}, 422, "unknown_model"),
+        ({"id": "other"}, 422, "invalid_request"),
+        ({"max_fps": 0}, 422, "invalid_request"),
+    ],
+)
+def test_a_change_is_checked_like_a_new_stream(client: httpx.Client, changes: dict, status: int, reason: str):
+    before = add(client)
+    problem(client.patch("/v1/streams/door-1", json=changes), status, reason)
+    assert client.get("/v1/streams/door-1").json()["revision"] == before["revision"]
+    problem(client.patch("/v1/streams/nope", json={"name": "x"}), 404, "stream_not_found")
+
+
 def test_stream_goes_through_its_life(client: httpx.Client):
     view = add(client)
     assert view["status"]["state"] == "STARTING"
