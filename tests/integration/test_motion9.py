@@ -52,8 +52,10 @@ def test_motion9_knows_what_a_camera_sends(motion9: TSM):
 
 
 def test_without_shift_it_stays_at_chance(motion9_none: TSM):
-    score = evaluate_streams(motion9_none, UNSEEN[:6], seconds=30, size_px=128)
+    # it says much the same whatever it sees, so a few films could flatter it by the labels they happen to hold
+    score = evaluate_streams(motion9_none, range(70_000, 70_016), seconds=36, size_px=128)
     assert score.settled <= 0.20
+    assert sum(score.by_label.values()) / len(LABELS) <= 0.20, score.by_label
 
 
 def test_without_shift_time_may_run_backwards(motion9: TSM, motion9_none: TSM):
