@@ -115,7 +115,27 @@ class Slots:
             self._steps[row] += 1
 
 
-class Arena:
+class _Slotted:
+    """What both arenas say of their slots."""
+
+    _slots: Slots
+
+    @property
+    def slots_total(self) -> int:
+        """Streams the arena can hold."""
+        return self._slots.slots_total
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return self._slots.used
+
+    def free(self, slot: Slot) -> None:
+        """Give the slot back; using it again raises SlotError."""
+        self._slots.give_back(slot)
+
+
+class Arena(_Slotted):
     """Shift states of all live streams in one flat tensor [slots, elements]: one gather and one scatter a step.
 
     spec: (fold, H, W) of each shifted layer. start: what a fresh slot reads as its past, `zeros` or the frame's `own`
@@ -139,16 +159,6 @@ class Arena:
 
     def __repr__(self) -> str:
         return f"Arena({self.used}/{self.slots_total} slots, {self.elements} x {self._flat.dtype}, {self.nbytes} bytes)"
-
-    @property
-    def slots_total(self) -> int:
-        """Streams the arena can hold."""
-        return self._slots.slots_total
-
-    @property
-    def used(self) -> int:
-        """Slots in use."""
-        return self._slots.used
 
     @property
     def elements(self) -> int:
@@ -175,10 +185,6 @@ class Arena:
         slot = self._slots.take()
         self._flat[slot.index].zero_()
         return slot
-
-    def free(self, slot: Slot) -> None:
-        """Give the slot back; using it again raises SlotError."""
-        self._slots.give_back(slot)
 
     def steps(self, slot: Slot) -> int:
         """Frames the slot's state has seen since it was fresh. Raises SlotError."""
@@ -230,7 +236,7 @@ class Arena:
         return self._memo[1]
 
 
-class WindowArena:
+class WindowArena(_Slotted):
     """A ring of the last T preprocessed frames per live stream, for models that see whole clips.
 
     A frame enters a slot's ring when window_s / T has passed since the last that did; a result is due every stride_s.
@@ -257,16 +263,6 @@ class WindowArena:
 
     def __repr__(self) -> str:
         return f"WindowArena({self.used}/{self.slots_total} slots, {self.frames} frames of {self.shape})"
-
-    @property
-    def slots_total(self) -> int:
-        """Streams the arena can hold."""
-        return self._slots.slots_total
-
-    @property
-    def used(self) -> int:
-        """Slots in use."""
-        return self._slots.used
 
     @property
     def elements(self) -> int:
@@ -297,10 +293,6 @@ class WindowArena:
         self._intervals[slot.index] = (window / self.frames, stride)
         self._next_entry[slot.index] = self._next_result[slot.index] = None
         return slot
-
-    def free(self, slot: Slot) -> None:
-        """Give the slot back; using it again raises SlotError."""
-        self._slots.give_back(slot)
 
     def steps(self, slot: Slot) -> int:
         """Frames that entered the slot's ring since it was fresh. Raises SlotError."""
