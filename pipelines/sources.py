@@ -486,11 +486,6 @@ class Source:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    @property
-    def last_frame_age_s(self) -> float | None:
-        """Seconds since the last frame; None before the first."""
-        return time.monotonic() - self._last_frame_s if self._last_frame_s else None
-
     def _run(self) -> None:
         """Connect, watch, wait, again: until stopped, ended or failed for good."""
         failures = 0
