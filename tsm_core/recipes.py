@@ -31,6 +31,8 @@ class Recipe:
     frames: T of a training clip. fps: rate of the training clips (None: one frame from each of T segments).
     start: what a new stream's first frame reads in place of its past. window_s, stride_s: in window mode, the seconds
     of video one result sees and the seconds between two results (None: a quarter of the window).
+    non_local: pairwise function of five non-local blocks in a ResNet-50, which mix all frames of a clip. temporal_pool:
+    halve the frames behind layer1. Neither can be stepped.
     smoothing_s: time constant of the smoothed scores. threshold, off_threshold, min_action_s: when a score begins an
     action, ends it, and how long it must last. background: labels that are no action.
     """
@@ -41,6 +43,8 @@ class Recipe:
     labels: tuple[str, ...]
     frames: int = 8
     shift_div: int = 8
+    non_local: Literal["embedded_gaussian", "gaussian", "dot_product"] | None = None
+    temporal_pool: bool = False
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
     dropout: float = 0.5
     fps: float | None = None
@@ -81,6 +85,11 @@ class Recipe:
         wrong = [text for fine, text in checks if not fine]
         if wrong:
             raise RecipeError(f"recipe {self.name!r}: {'; '.join(wrong)}")
+
+    @property
+    def steppable(self) -> bool:
+        """Whether a frame needs its past alone; else the model sees windows of `frames` frames."""
+        return self.shift != "bi" and self.non_local is None and not self.temporal_pool
 
     def to_json(self) -> str:
         """One JSON object with every field."""
