@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tsm_core.errors import CallerError, ShapeError
+from tsm_core.labels import Convention
+
+Crop = Literal["center", "three", "ten"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,9 +24,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class PreprocessSpec:
     """How a model wants its pixels; travels with its weights.
 
-    resize `short`: the short side becomes resize_px (long side rounded half up), then the centre input_px x input_px
-    is cut (offsets floored). `exact`: straight to input_px x input_px. Bilinear; antialias when shrinking as Pillow
-    does, or not as OpenCV does. mean and std are per RGB channel, of values in 0..1.
+    resize `short`: the short side becomes resize_px, then the centre input_px x input_px is cut. `exact`: straight to
+    input_px x input_px. Bilinear; antialias when shrinking as Pillow does, or not as OpenCV does. convention
+    `mmaction2` rounds the long side half up and floors the crop's offset, `mit` truncates and rounds half to even.
+    channels: `bgr` gives the network blue first. mean and std are per channel of the network's order, of values in
+    0..1.
     """
 
     input_px: int = 224
@@ -32,12 +37,18 @@ class PreprocessSpec:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     antialias: bool = False
+    convention: Convention = "mmaction2"
+    channels: Literal["rgb", "bgr"] = "rgb"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         if self.resize not in ("short", "exact"):
             raise PreprocessError(f"resize {self.resize!r} must be 'short' or 'exact'")
+        if self.convention not in ("mmaction2", "mit"):
+            raise PreprocessError(f"convention {self.convention!r} must be 'mmaction2' or 'mit'")
+        if self.channels not in ("rgb", "bgr"):
+            raise PreprocessError(f"channels {self.channels!r} must be 'rgb' or 'bgr'")
         if self.input_px < 1 or (self.resize == "short" and self.resize_px < self.input_px):
             raise PreprocessError(f"input_px {self.input_px} must be at least 1 and no more than {self.resize_px}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -54,21 +65,77 @@ def resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, in
     """(height, width) in pixels of a picture after the resize, before the crop."""
     if spec.resize == "exact":
         return spec.input_px, spec.input_px
-    factor = spec.resize_px / min(height, width)
+    short = min(height, width)
+    if spec.convention == "mit":
+        return spec.resize_px * height // short, spec.resize_px * width // short
+    factor = spec.resize_px / short
     return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def resize(batch: Tensor, spec: PreprocessSpec) -> Tensor:
+    """uint8 (N, 3, H, W) -> uint8 (N, 3, h, w), whole pictures."""
+    size = resized_size(batch.shape[2], batch.shape[3], spec)
+    if size == tuple(batch.shape[2:]):
+        return batch
+    if batch.device.type == "cpu":
+        return functional.interpolate(batch, size, mode="bilinear", antialias=spec.antialias)
+    # only the CPU resizes bytes
+    floats = functional.interpolate(batch.float(), size, mode="bilinear", antialias=spec.antialias)
+    return floats.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _middle(side: int, crop_px: int, convention: Convention) -> int:
+    return round((side - crop_px) / 2) if convention == "mit" else (side - crop_px) // 2
+
+
+def crop_offsets(
+    height: int, width: int, crop: Crop, crop_px: int, convention: Convention = "mmaction2"
+) -> list[tuple[int, int]]:
+    """(left, top) in pixels of each crop of a picture, in the convention's order; a crop of `ten` is also mirrored.
+
+    Raises ShapeError when a crop does not fit.
+    """
+    if crop_px > min(height, width):
+        raise ShapeError(f"a crop of {crop_px} px does not fit a picture of {width}x{height}")
+    if crop == "center":
+        return [(_middle(width, crop_px, convention), _middle(height, crop_px, convention))]
+    if crop == "three" and convention == "mmaction2":
+        if crop_px not in (height, width):
+            raise ShapeError(f"three crops must be as high or wide as the picture: {crop_px} px of {width}x{height}")
+        x, y = (width - crop_px) // 2, (height - crop_px) // 2
+        return [(0, 0), (2 * x, 2 * y), (x, y)]
+    x, y = (width - crop_px) // 4, (height - crop_px) // 4
+    if crop == "three":
+        return [(0, 2 * y), (4 * x, 2 * y), (2 * x, 2 * y)]
+    return [(0, 0), (4 * x, 0), (0, 4 * y), (4 * x, 4 * y), (2 * x, 2 * y)]
+
+
+def crop_views(frames: Tensor, spec: PreprocessSpec, crop: Crop, crop_px: int) -> Tensor:
+    """Views of one video: uint8 (F, 3, H, W) -> uint8 (crops, F, 3, crop_px, crop_px), 1, 3 or 10 crops.
+
+    Of `ten`, every second one is the mirror image of the one before. Raises ShapeError.
+    """
+    pictures = resize(frames, spec)
+    views = []
+    for left, top in crop_offsets(pictures.shape[2], pictures.shape[3], crop, crop_px, spec.convention):
+        view = pictures[:, :, top : top + crop_px, left : left + crop_px]
+        views += [view, view.flip(3)] if crop == "ten" else [view]
+    return torch.stack(views)
 
 
 def resize_crop(batch: Tensor, spec: PreprocessSpec) -> Tensor:
     """uint8 (N, 3, H, W) -> uint8 (N, 3, input_px, input_px), not yet normalised."""
-    size = resized_size(batch.shape[2], batch.shape[3], spec)
-    if size != tuple(batch.shape[2:]):
-        if batch.device.type == "cpu":
-            batch = functional.interpolate(batch, size, mode="bilinear", antialias=spec.antialias)
-        else:  # only the CPU resizes bytes
-            floats = functional.interpolate(batch.float(), size, mode="bilinear", antialias=spec.antialias)
-            batch = floats.round_().clamp_(0, 255).to(torch.uint8)
-    top, left = (size[0] - spec.input_px) // 2, (size[1] - spec.input_px) // 2
-    return batch[:, :, top : top + spec.input_px, left : left + spec.input_px]
+    pictures = resize(batch, spec)
+    top, left = (_middle(side, spec.input_px, spec.convention) for side in pictures.shape[2:])
+    return pictures[:, :, top : top + spec.input_px, left : left + spec.input_px]
+
+
+def normalise(pixels: Tensor, spec: PreprocessSpec) -> Tensor:
+    """float32 of the same shape from uint8 (..., 3, H, W): channel order, mean and std as the model wants them."""
+    scale, shift = _scale(spec, pixels.device)
+    if spec.channels == "bgr":
+        pixels = pixels.flip(-3)
+    return (pixels.float() * scale).add_(shift)
 
 
 @lru_cache(maxsize=64)
@@ -110,6 +177,4 @@ def preprocess(
 
 def _to_input(rows: Tensor, spec: PreprocessSpec, device: torch.device) -> Tensor:
     # rows uint8 (N, H, W, 3): decoders give that order, and the resize is several times faster in it
-    scale, shift = _scale(spec, device)
-    pixels = resize_crop(rows.to(device, non_blocking=True).permute(0, 3, 1, 2), spec)
-    return (pixels.float() * scale).add_(shift)
+    return normalise(resize_crop(rows.to(device, non_blocking=True).permute(0, 3, 1, 2), spec), spec)
