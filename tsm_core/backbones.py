@@ -1,9 +1,11 @@
-"""torchvision's ResNet and MobileNetV2 with the shifts put in; parameter names stay torchvision's."""
+"""torchvision's ResNet and MobileNetV2 with the shifts put in; parameter names stay torchvision's.
+
+A ResNet-50 may have non-local blocks (`layer2.0.nl.*` and so on), a ResNet a temporal pool behind layer1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
@@ -12,19 +14,18 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import MobileNetV2, ResNet, mobilenet_v2, resnet50, resnet101
 from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from tsm_core.errors import CallerError
-from tsm_core.shift import MeasurePass, Pass
+from tsm_core.errors import CallerError, ShapeError
+from tsm_core.non_local import NonLocalBlock, NonLocalMode
+from tsm_core.shift import MeasurePass, Pass, running
 
 FC_STD = 0.001
-
-# What the call in progress does at its shifted layers. Set for one call of one network in one thread (see `run`).
-_running: ContextVar[Pass] = ContextVar("tsm_pass")
+NON_LOCAL_PLACES = ("layer2.0", "layer2.2", "layer3.0", "layer3.2", "layer3.4")  # in a ResNet-50; none elsewhere
 
 
 class UnknownBackbone(CallerError):
-    """No backbone of this name."""
+    """No backbone of this name, or none with such parts."""
 
     reason = "unknown_backbone"
 
@@ -55,12 +56,48 @@ class ShiftedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x (frames, C, H, W), shifted as the running pass says."""
-        return super().forward(_running.get().shift(self.layer, x, self.fold_div))
+        return super().forward(running.get().shift(self.layer, x, self.fold_div))
 
     def extra_repr(self) -> str:
         """Conv2d's, and the shift."""
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, shifted layer {self.layer}, 1/{self.fold_div} of the channels"
+
+
+class NonLocalBottleneck(Bottleneck):  # type: ignore[misc]
+    """A residual block with a non-local block `nl` behind it."""
+
+    nl: NonLocalBlock
+
+    @classmethod
+    def around(cls, block: Bottleneck, mode: NonLocalMode) -> NonLocalBottleneck:
+        """The same block, same layers, and a new non-local block."""
+        with torch.device("meta"):  # every layer is replaced below
+            whole = cls(block.conv1.in_channels, block.conv1.out_channels, block.stride, block.downsample)
+        for name, layer in block.named_children():
+            setattr(whole, name, layer)
+        whole.nl = NonLocalBlock(block.conv3.out_channels, mode)
+        return whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Frames (N * T, C, H, W) -> (N * T, C', H', W')."""
+        out: Tensor = self.nl(super().forward(x))
+        return out
+
+
+class PooledStage(nn.Sequential):
+    """A stage of a network behind a maximum over time, kernel 3 and stride 2: from here on a clip has T / 2 frames."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Frames (N * T, C, H, W) -> (N * T / 2, C', H', W'). Raises ShapeError when T is odd."""
+        how = running.get()
+        if how.frames % 2:
+            raise ShapeError(f"a temporal pool halves clips of an even number of frames, got {how.frames}")
+        clip = x.view(-1, how.frames, *x.shape[1:]).transpose(1, 2)  # (N, C, T, H, W)
+        halved = functional.max_pool3d(clip, (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0))
+        how.frames //= 2
+        out: Tensor = super().forward(halved.transpose(1, 2).flatten(0, 1))  # type: ignore[no-untyped-call]
+        return out
 
 
 class DropoutLinear(nn.Linear):
@@ -115,6 +152,13 @@ def _shift_layers(net: nn.Module, fold_div: int) -> None:
         setattr(parent, name, ShiftedConv2d.around(getattr(parent, name), layer, fold_div))
 
 
+def _non_local_blocks(net: nn.Module, mode: NonLocalMode) -> None:
+    for place in NON_LOCAL_PLACES:
+        stage, _, index = place.partition(".")
+        blocks = net.get_submodule(stage)
+        blocks[int(index)] = NonLocalBottleneck.around(blocks[int(index)], mode)  # type: ignore[index,operator]
+
+
 def _classifier(net: nn.Module, dropout: float) -> None:
     if isinstance(net, ResNet):
         fc = DropoutLinear(net.fc.in_features, net.fc.out_features)
@@ -136,18 +180,34 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {
 
 
 def build_backbone(
-    name: str, num_classes: int, *, shifted: bool = True, fold_div: int = 8, dropout: float = 0.5
+    name: str,
+    num_classes: int,
+    *,
+    shifted: bool = True,
+    fold_div: int = 8,
+    dropout: float = 0.5,
+    non_local: NonLocalMode | None = None,
+    temporal_pool: bool = False,
 ) -> nn.Module:
     """A torchvision network with random weights, shifted layers and a fresh classifier: (frames, 3, H, W) -> logits.
 
     Call it through `run`, which says what the shift does. `shifted=False` leaves the plain network, which sees single
-    frames. A state_dict of torchvision's class loads strictly. Raises UnknownBackbone.
+    frames. A state_dict of torchvision's class loads strictly where there are no non-local blocks. With temporal_pool
+    there are logits for every second frame. Raises UnknownBackbone.
     """
     if name not in BACKBONES:
         raise UnknownBackbone(f"backbone {name!r} does not exist; there are {', '.join(sorted(BACKBONES))}")
+    if non_local and name != "resnet50":
+        raise UnknownBackbone(f"non-local blocks have their places in resnet50, not in {name}; leave them out")
     net = BACKBONES[name](num_classes)
+    if temporal_pool and not isinstance(net, ResNet):
+        raise UnknownBackbone(f"a temporal pool has its place behind layer1 of a ResNet, not in {name}; leave it out")
     if shifted:
         _shift_layers(net, fold_div)
+    if non_local:
+        _non_local_blocks(net, non_local)
+    if temporal_pool:
+        net.layer2 = PooledStage(*net.layer2)  # type: ignore[misc]
     _classifier(net, dropout)
     return net
 
@@ -175,13 +235,13 @@ def shifted_layers(net: nn.Module) -> int:
 
 
 def run(net: nn.Module, frames: Tensor, how: Pass) -> Tensor:
-    """`net(frames)`, with `how` at its shifted layers. Calls in other threads do not see it."""
-    token = _running.set(how)
+    """`net(frames)`, with `how` at the layers that look at other frames. Calls in other threads do not see it."""
+    token = running.set(how)
     try:
         out: Tensor = net(frames)
         return out
     finally:
-        _running.reset(token)
+        running.reset(token)
 
 
 def state_spec(net: nn.Module, input_px: int) -> list[tuple[int, int, int]]:

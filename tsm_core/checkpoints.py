@@ -52,7 +52,7 @@ def read_card(path: Path | str) -> tuple[Recipe, dict[str, Any]]:
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> TSM | WindowTSM:
-    """The model in a file, on `device`, in eval mode; in window mode when it shifts both ways.
+    """The model in a file, on `device`, in eval mode; in window mode when it cannot be stepped.
 
     Raises ModelFileError that lists keys which are missing, unknown or of another shape.
     """
@@ -73,7 +73,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> TSM | Wi
     model.net.load_state_dict(tensors)
     # convolutions are quicker, on CPUs above all, when the channels of a pixel lie together
     model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return WindowTSM(model).eval() if recipe.shift == "bi" else model
+    return model if recipe.steppable else WindowTSM(model).eval()
 
 
 def _read(path: Path, weights: bool) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

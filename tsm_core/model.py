@@ -34,6 +34,8 @@ class TSM(nn.Module):
             shifted=recipe.shift != "none",
             fold_div=recipe.shift_div,
             dropout=recipe.dropout,
+            non_local=recipe.non_local,
+            temporal_pool=recipe.temporal_pool,
         )
         self.memory_frames = shifted_layers(self.net)
 
@@ -50,7 +52,7 @@ class TSM(nn.Module):
     @property
     def mode(self) -> Literal["step", "window"]:
         """How the model is served live."""
-        return "window" if self.recipe.shift == "bi" else "step"
+        return "step" if self.recipe.steppable else "window"
 
     @property
     def device(self) -> torch.device:
@@ -68,16 +70,20 @@ class TSM(nn.Module):
         return preprocess(images, self.recipe.preprocess, self.device)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """Logits (N, K) of clips (N, T, 3, H, W), normalised: the mean over the frames."""
+        """Logits (N, K) of clips (N, T, 3, H, W), normalised: the mean over the frames that are left at the end."""
         return self.forward_frames(clip).mean(dim=1)
 
     def forward_frames(self, clip: Tensor) -> Tensor:
-        """Logits (N, T, K) of every frame, before consensus. clip (N, T, 3, H, W), normalised. Raises ShapeError."""
+        """Logits (N, T, K) of every frame, before consensus; of T / 2 frames behind a temporal pool.
+
+        clip (N, T, 3, H, W), normalised. Raises ShapeError.
+        """
         if clip.ndim != 5 or clip.shape[2] != 3:
             raise ShapeError(f"clip must be (N, T, 3, H, W), got {tuple(clip.shape)}")
         mode: ShiftMode = "bi" if self.recipe.shift == "bi" else "uni"
         how = ClipPass(clip.shape[1], mode, self.recipe.start)
-        return run(self.net, clip.flatten(0, 1), how).view(*clip.shape[:2], -1)
+        logits = run(self.net, clip.flatten(0, 1), how)
+        return logits.view(clip.shape[0], how.frames, logits.shape[-1])
 
     @torch.no_grad()
     def step(
@@ -117,10 +123,17 @@ class TSM(nn.Module):
         return 3, self.input_px, self.input_px
 
     def _check_steppable(self) -> None:
-        if self.recipe.shift == "bi":
-            raise NotSteppable(
-                f"{self.recipe.name} shifts both ways and cannot be stepped; use its _uni twin or mode=window"
-            )
+        recipe = self.recipe
+        if recipe.steppable:
+            return
+        facts = {
+            "shifts both ways": recipe.shift == "bi",
+            "has non-local blocks, which look at all frames of a clip,": recipe.non_local is not None,
+            "pools over time": recipe.temporal_pool,
+        }
+        why = [text for text, holds in facts.items() if holds]
+        way_out = "its _uni twin or mode=window" if why == ["shifts both ways"] else "mode=window"
+        raise NotSteppable(f"{recipe.name} {' and '.join(why)} and cannot be stepped; use {way_out}")
 
 
 class WindowTSM(nn.Module):

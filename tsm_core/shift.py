@@ -8,6 +8,7 @@ Source: Lin et al., arXiv:1811.08383; channel order as in the authors' code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, Literal, Protocol
 
 import torch
@@ -88,14 +89,20 @@ def shift_step(x: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Pass(Protocol):
-    """What one call of a network does at its shifted layers."""
+    """What one call of a network does at its layers that look at other frames."""
+
+    frames: int  # of one clip, at this depth of the network; 1 in a call over single frames
 
     def shift(self, layer: int, x: Tensor, fold_div: int) -> Tensor:
         """The input of shifted layer `layer` after the shift; x (frames, C, H, W)."""
 
 
+# The call in progress, for the layers inside. Set for one call of one network in one thread (see `backbones.run`).
+running: ContextVar[Pass] = ContextVar("tsm_pass")
+
+
 class ClipPass:
-    """A call over clips of T frames; frames are the fastest part of the batch axis."""
+    """A call over clips of T frames; frames are the fastest part of the batch axis. A temporal pool halves `frames`."""
 
     def __init__(self, frames: int, mode: ShiftMode, start: Start = "zeros") -> None:
         self.frames, self.mode, self.start = frames, mode, start
@@ -111,6 +118,8 @@ class StepPass:
 
     fresh (N,) bool marks frames that have no past and read their own channels instead; None: `held` has it all.
     """
+
+    frames = 1
 
     def __init__(self, held: Sequence[Tensor], fresh: Tensor | None = None) -> None:
         self.held = held
@@ -128,6 +137,8 @@ class StepPass:
 
 class MeasurePass:
     """A call that shifts nothing and notes the shape (fold, H, W) of each layer's shift state in `spec`."""
+
+    frames = 1
 
     def __init__(self) -> None:
         self.spec: list[tuple[int, int, int]] = []

@@ -3,7 +3,16 @@ import torch
 import torchvision
 from torch import nn
 
-from tsm_core.backbones import ShiftedConv2d, UnknownBackbone, build_backbone, run, shifted_layers, state_spec
+from tsm_core.backbones import (
+    NON_LOCAL_PLACES,
+    ShiftedConv2d,
+    UnknownBackbone,
+    build_backbone,
+    run,
+    shifted_layers,
+    state_spec,
+)
+from tsm_core.errors import ShapeError
 from tsm_core.shift import ClipPass, MeasurePass
 
 PLACES = {
@@ -94,6 +103,67 @@ def test_a_shifted_network_does_not_run_without_a_pass():
         build_backbone("resnet_small", 5)(torch.zeros(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize(
+    ("backbone", "classes", "non_local", "published"),
+    [
+        ("resnet50", 400, None, 24_327_632),
+        ("resnet50", 174, None, 23_864_558),
+        ("resnet101", 174, None, 42_856_686),
+        ("mobilenet_v2", 400, None, 2_736_272),
+        ("resnet50", 400, "embedded_gaussian", 31_682_000),
+        ("resnet50", 400, "dot_product", 31_682_000),
+        ("resnet50", 400, "gaussian", 28_007_888),
+    ],
+)
+def test_as_many_parameters_as_published(backbone, classes, non_local, published):
+    with torch.device("meta"):
+        net = build_backbone(backbone, classes, non_local=non_local)
+    assert sum(parameter.numel() for parameter in net.parameters()) == published
+
+
+def test_non_local_blocks_add_names_and_change_none():
+    plain, whole = build_backbone("resnet50", 5), build_backbone("resnet50", 5, non_local="dot_product")
+    added = [key for key in whole.state_dict() if ".nl." in key]
+    assert [key for key in whole.state_dict() if ".nl." not in key] == list(plain.state_dict())
+    assert tuple(dict.fromkeys(key.partition(".nl.")[0] for key in added)) == NON_LOCAL_PLACES
+    assert {key.partition(".nl.")[2] for key in added} == {
+        *(f"{name}.{kind}" for name in ("g", "theta", "phi") for kind in ("weight", "bias")),
+        "out.weight",
+        *(f"norm.{kind}" for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+    }
+    places = [path for path, module in whole.named_modules() if isinstance(module, ShiftedConv2d)]
+    assert places == PLACES["resnet50"]
+
+
+def test_new_non_local_blocks_leave_a_trained_network_as_it_was():
+    plain, whole = build_backbone("resnet50", 5).eval(), build_backbone("resnet50", 5, non_local="gaussian").eval()
+    whole.load_state_dict(plain.state_dict(), strict=False)
+    frames = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(run(whole, frames, ClipPass(4, "bi")), run(plain, frames, ClipPass(4, "bi")))
+
+
+def test_temporal_pool_keeps_the_larger_of_neighbouring_frames():
+    net = build_backbone("resnet_small", 5, fold_div=4, temporal_pool=True).eval()
+    assert list(net.state_dict()) == list(build_backbone("resnet_small", 5).state_dict())
+    stage, seen = net.get_submodule("layer2"), []
+    stage[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    frames = torch.randn(2 * 6, 16, 8, 8)
+    how = ClipPass(6, "bi")
+    with torch.no_grad():
+        out = run(stage, frames, how)
+    clips = frames.view(2, 6, 16, 8, 8)
+    kept = [clips[:, max(2 * t - 1, 0) : 2 * t + 2].amax(dim=1) for t in range(3)]
+    assert torch.equal(seen[0], torch.stack(kept, dim=1).flatten(0, 1))
+    assert (how.frames, out.shape) == (3, (2 * 3, 32, 4, 4))
+    with pytest.raises(ShapeError, match="even number of frames, got 5"):
+        run(stage, torch.randn(5, 16, 8, 8), ClipPass(5, "bi"))
+
+
 def test_unknown_backbone_lists_what_exists():
     with pytest.raises(UnknownBackbone, match="mobilenet_v2, resnet101, resnet50, resnet_small"):
         build_backbone("vgg16", 5)
+    with pytest.raises(UnknownBackbone, match="in resnet50, not in resnet101"):
+        build_backbone("resnet101", 5, non_local="gaussian")
+    with pytest.raises(UnknownBackbone, match="behind layer1 of a ResNet, not in mobilenet_v2"):
+        build_backbone("mobilenet_v2", 5, temporal_pool=True)

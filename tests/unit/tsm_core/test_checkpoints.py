@@ -29,8 +29,9 @@ def test_what_is_saved_is_loaded(saved, model_of, device):
     assert [each.name for each in saved.parent.iterdir()] == ["small.safetensors"]
 
 
-def test_both_ways_comes_back_in_window_mode(recipe_of, tmp_path):
-    model = WindowTSM(build(recipe_of("resnet_small", "bi", window_s=3.0)))
+@pytest.mark.parametrize("network", [{"shift": "bi"}, {"shift": "none", "temporal_pool": True}])
+def test_what_cannot_be_stepped_comes_back_in_window_mode(recipe_of, tmp_path, network):
+    model = WindowTSM(build(recipe_of("resnet_small", window_s=3.0, **network)))
     save_model(tmp_path / "bi.safetensors", model)
     loaded = load_model(tmp_path / "bi.safetensors")
     assert isinstance(loaded, WindowTSM)

@@ -189,13 +189,45 @@ def test_every_weight_learns(recipe_of):
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
-def test_a_model_that_needs_the_future_says_so(recipe_of):
-    model = build(recipe_of("resnet_small", "bi")).eval()
+CLIPS_ONLY = [
+    ({"shift": "bi"}, "shifts both ways and cannot be stepped; use its _uni twin or mode=window"),
+    (
+        {"shift": "none", "non_local": "gaussian"},
+        "has non-local blocks, which look at all frames of a clip, and cannot",
+    ),
+    ({"shift": "none", "temporal_pool": True}, "tsm_r50_none pools over time and cannot be stepped; use mode=window"),
+    ({"shift": "bi", "temporal_pool": True}, "shifts both ways and pools over time and cannot be stepped; use mode="),
+]
+
+
+@pytest.mark.parametrize(("network", "why"), CLIPS_ONLY)
+def test_a_model_that_needs_the_future_says_so(recipe_of, network, why):
+    model = build(recipe_of("resnet50", **network)).eval()
     assert model.mode == "window"
     for use in (lambda: model.new_arena(1), lambda: model.step(clip_of(1, 1)[:, 0], None, [None])):
-        with pytest.raises(NotSteppable, match="shifts both ways and cannot be stepped; use its _uni twin or mode=win"):
+        with pytest.raises(NotSteppable, match=why):
             use()
     assert issubclass(NotSteppable, CallerError)
+
+
+def test_behind_a_temporal_pool_the_mean_is_over_what_is_left(model_of):
+    model = model_of("resnet_small", "bi", temporal_pool=True)
+    clip = clip_of(2, 6)
+    with torch.no_grad():
+        frames = model.forward_frames(clip)
+        assert frames.shape == (2, 3, 7)
+        assert torch.equal(model(clip), frames.mean(dim=1))
+        assert relative(model(clip.flip(1)), model(clip)) > 100 * TOLERANCE
+        with pytest.raises(ShapeError, match="even number of frames, got 5"):
+            model(clip[:, :5])
+
+
+@pytest.mark.parametrize("network", [{"non_local": "embedded_gaussian"}, {"temporal_pool": True}])
+def test_a_batch_of_clips_equals_each_alone(model_of, device, network):
+    model = copy.deepcopy(model_of("resnet50", "bi", device=device, **network)).double()
+    clips = clip_of(3, 4, device=device).double()
+    with torch.no_grad():
+        assert relative(torch.cat([model(clip[None]) for clip in clips]), model(clips)) < TOLERANCE
 
 
 def test_wrong_use_is_named(model_of, recipe_of):
@@ -253,6 +285,18 @@ def test_preprocess_is_the_recipes(model_of):
     pixels = model_of("resnet_small").preprocess([torch.zeros(3, 90, 120, dtype=torch.uint8)] * 2)
     assert pixels.shape == (2, 3, 64, 64)
     assert pixels[0, :, 0, 0].tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+
+
+@pytest.mark.parametrize("mode", ["embedded_gaussian", "gaussian", "dot_product"])
+def test_made_for_inference_a_non_local_network_says_the_same(mode, model_of, device):
+    # in double precision, as random weights make attention a knife's edge
+    model = copy.deepcopy(model_of("resnet50", "bi", device=device, non_local=mode)).double()
+    clip = clip_of(2, 4, device=device).double()
+    with torch.no_grad():
+        before = model(clip)
+        after = model.for_inference()(clip)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert relative(after, before) <= TOLERANCE
 
 
 @pytest.mark.parametrize("backbone", MEMORY)
