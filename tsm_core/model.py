@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class TSM(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
+        self.source: dict[str, Any] = {}  # of imported weights: file, sha256, layout
         self.net = build_backbone(
             recipe.backbone,
             len(recipe.labels),

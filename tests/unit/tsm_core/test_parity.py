@@ -1,30 +1,26 @@
-"""Our networks against recorded logits of MMAction2's and MIT's, on weights that anyone can regenerate."""
+"""Our networks against recorded logits of MMAction2's and mit-han-lab's own, through the importer.
+
+Weights are noise that anyone can regenerate; `tests/assets/parity` has names, shapes and results. Each test writes the
+very file the other project would have written.
+"""
 
 import json
-import os
-import re
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from tsm_core.backbones import build_backbone, run, state_spec
-from tsm_core.shift import ClipPass, StepPass
+from tsm_core.checkpoints import import_checkpoint
+from tsm_core.recipes import generic
 
-KIT = Path(os.environ.get("TSM_PARITY_DIR", Path(__file__).parents[4] / "shared" / "parity"))
+CASES = Path(__file__).parents[2] / "assets" / "parity"
 TOLERANCE = 1e-4  # of the largest logit; a wrong shift costs 20 times as much
+BACKBONES = {"resnet50": "resnet50", "resnet101": "resnet101", "mobilenetv2": "mobilenet_v2"}
 
 
-def case_of(name):
-    path = KIT / f"{name}.json"
-    if not path.is_file():
-        pytest.skip(f"no parity case {path}; set TSM_PARITY_DIR to the kit's folder")
-    return json.loads(path.read_text())
-
-
-def entry(key, shape, gain):
-    """The kit's rule: one generator per key, seeded with the CRC-32 of its text."""
+def entry(key, shape, rule):
+    """One generator per key, seeded with the CRC-32 of its text."""
     kind = key.rpartition(".")[2]
     if kind == "num_batches_tracked":
         return torch.zeros((), dtype=torch.int64)
@@ -33,36 +29,34 @@ def entry(key, shape, gain):
         return 1 + 0.1 * noise.abs()
     if kind in ("bias", "running_mean"):
         return 0.1 * noise
-    return 1 + 0.1 * noise if noise.ndim == 1 else noise * (2 / noise[0].numel()) ** 0.5 * gain
+    if noise.ndim == 1:
+        return 1 + 0.1 * noise
+    soft = rule["theta_phi_gain"] is not None and (".theta." in key or ".phi." in key)
+    return noise * (2 / noise[0].numel()) ** 0.5 * rule["theta_phi_gain" if soft else "gain"]
 
 
-def from_mmaction2(key):
-    key = key.removeprefix("backbone.").replace("cls_head.fc_cls.", "fc.").replace(".net.", ".")
-    key = key.replace("downsample.conv.", "downsample.0.").replace("downsample.bn.", "downsample.1.")
-    return re.sub(r"\bconv(\d)\.(conv|bn)\.", lambda found: f"{found[2]}{found[1]}.", key)
-
-
-def from_mit_mobilenet(key):
-    if key.startswith("classifier."):
-        return key.replace("classifier.", "classifier.1.")
-    found = re.fullmatch(r"features\.(\d+)\.conv\.(\d)\.(?:net\.)?(\w+)", key)
-    if not found:
-        return key
-    block, place, name = int(found[1]), int(found[2]), found[3]
-    # conv, bn, relu in one row there; conv-bn-relu groups, then conv and bn, here
-    groups = (
-        {0: "0.0", 1: "0.1", 3: "1", 4: "2"} if block == 1 else {0: "0.0", 1: "0.1", 3: "1.0", 4: "1.1", 6: "2", 7: "3"}
-    )
-    return f"features.{block}.conv.{groups[place]}.{name}"
-
-
-def network_of(case, backbone, rename):
-    net = build_backbone(backbone, case["network"]["num_classes"])
-    weights = {key: entry(key, shape, case["weights_rule"]["gain"]) for key, shape in case["keys"].items()}
-    for key, values in case["weights_check"]["first_values"].items():
+def checkpoint_of(name, case, path):
+    """The case's weights in the container of its project."""
+    weights = {key: entry(key, shape, case["weights_rule"]) for key, shape in case["keys"].items()}
+    check = case["weights_check"]
+    for key, values in check["first_values"].items():
         assert weights[key].flatten()[:4].tolist() == pytest.approx(values, abs=1e-5)
-    net.load_state_dict({rename(key): value for key, value in weights.items()}, strict=True)
-    return net.eval()
+    assert len(weights) == check["n_entries"]
+    if "online" in name:
+        content = weights
+    else:
+        content = {"meta": {}, "state_dict": weights} if name.startswith("mmaction2") else {"state_dict": weights}
+    torch.save(content, path)
+    return path
+
+
+def recipe_of(case):
+    network = case["network"]
+    arch = network["arch"].partition(",")[0]
+    labels = [f"class {number}" for number in range(network["num_classes"])]
+    non_local = network.get("non_local", {}).get("mode")
+    shift = "uni" if "online" in network["arch"] else "bi"
+    return generic(BACKBONES[arch], shift, labels, frames=case["input"]["shape"][1], non_local=non_local)
 
 
 def input_of(case):
@@ -71,33 +65,40 @@ def input_of(case):
     return x
 
 
+def load_case(name, tmp_path):
+    case = json.loads((CASES / f"{name}.json").read_text())
+    recipe = recipe_of(case)
+    model = import_checkpoint(checkpoint_of(name, case, tmp_path / f"{name}.pth"), recipe)
+    assert sum(parameter.numel() for parameter in model.parameters()) == case["weights_check"]["n_parameters"]
+    return case, model, input_of(case)
+
+
 def assert_same(logits, case):
     wanted = torch.tensor(case["logits"])
     assert (logits - wanted).abs().max() <= TOLERANCE * case["max_abs_logit"]
     assert logits.topk(5).indices.tolist() == case["top5"]
 
 
-def test_mmaction2_resnet50_over_clips():
-    case = case_of("mmaction2_r50_8f_400_96px")
-    net, clip = network_of(case, "resnet50", from_mmaction2), input_of(case)
+@pytest.mark.parametrize("name", sorted(path.stem for path in CASES.glob("m*.json") if "online" not in path.stem))
+def test_clips(name, tmp_path):
+    case, model, clips = load_case(name, tmp_path)
     with torch.no_grad():
-        logits = run(net, clip.flatten(0, 1), ClipPass(clip.shape[1], "bi")).view(*clip.shape[:2], -1).mean(dim=1)
-    assert_same(logits, case)
+        assert_same(model(clips), case)
 
 
-def test_mit_online_mobilenet_frame_by_frame():
-    case = case_of("mit_online_mobilenetv2_27")
-    net, clip = network_of(case, "mobilenet_v2", from_mit_mobilenet), input_of(case)
-    held = [torch.zeros(1, *shape) for shape in state_spec(net, 224)]
-    assert [list(state.shape) for state in held] == case["network"]["buffers"]
-    rows = []
-    with torch.no_grad():
-        for t in range(clip.shape[1]):
-            how = StepPass(held)
-            rows.append(run(net, clip[:, t], how))
-            held = how.next_held
-    assert_same(torch.cat(rows), case)
-    for state, wanted in zip(held, case["buffers_at_end"], strict=True):
+def test_online_demo_frame_by_frame(tmp_path):
+    case, model, clip = load_case("mit_online_mobilenetv2_27", tmp_path)
+    arena = model.new_arena(3)
+    arena.allocate()
+    slot = arena.allocate()
+    assert [[1, *shape] for shape in arena.spec] == case["network"]["buffers"]
+    assert_same(torch.cat([model.step(clip[:, t], arena, [slot]) for t in range(clip.shape[1])]), case)
+    for state, wanted in zip(arena.gather([slot]).layers, case["buffers_at_end"], strict=True):
         slack = TOLERANCE * wanted["l2"]
+        assert list(state.shape) == wanted["shape"]
         assert state.norm().item() == pytest.approx(wanted["l2"], abs=slack)
         assert state.sum().item() == pytest.approx(wanted["sum"], abs=slack * state.numel() ** 0.5)
+
+
+def test_all_eight_cases_are_here():
+    assert len(list(CASES.glob("m*.json"))) == 8
