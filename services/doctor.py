@@ -105,7 +105,7 @@ def _torch(settings: Settings) -> tuple[Verdict, str]:
 def _models(settings: Settings) -> tuple[Verdict, str]:
     loaded = []
     for model in settings.engine.models:
-        load_model(find_model(model.name, model.path))
+        load_model(find_model(model.name, model.path, [settings.models.folder]))
         loaded.append(model.name)
     return "ok", f"{', '.join(loaded)} can be loaded"
 

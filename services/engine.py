@@ -567,7 +567,8 @@ class Engine:
         )
 
     def _load(self) -> dict[str, TSM | WindowTSM]:
+        folders = [self.settings.models.folder]
         return {
-            model.name: load_model(find_model(model.name, model.path), self.device).for_inference()
+            model.name: load_model(find_model(model.name, model.path, folders), self.device).for_inference()
             for model in self.settings.engine.models
         }

@@ -17,7 +17,10 @@ from services.schemas import Latency, ReplicaInfo, SourceSpec, StreamModel, Stre
 from services.settings import Settings
 from services.store import StateStore, StreamExists
 from tsm_core.checkpoints import read_card
+from tsm_core.cost import multiply_adds
 from tsm_core.errors import CallerError, WorldError
+from tsm_core.postprocess import GestureSmoother
+from tsm_core.recipes import Recipe, SmootherName
 from tsm_core.zoo import UnknownModel, find_model
 
 FORBIDDEN_NETS = tuple(
@@ -29,6 +32,12 @@ FORBIDDEN_NETS = tuple(
 
 RESTARTING = ("source", "models", "max_fps", "enabled")
 """Fields of a specification whose change begins the source anew."""
+
+
+class ModelOptionError(CallerError):
+    """An option that the stream's model does not have."""
+
+    reason = "model_option"
 
 
 class SourceNotAllowed(CallerError):
@@ -110,6 +119,11 @@ class ServedModel(Wire):
     background: tuple[str, ...] = Field((), description="labels that are no action, such as `still`")
     mode: Literal["step", "window"] = Field(description="step: one result a frame; window: one every stride_s")
     input_px: int
+    window_s: float | None = Field(None, description="window mode: seconds of video one result sees")
+    stride_s: float | None = Field(None, description="window mode: seconds between two results")
+    frames_per_result: int = Field(1, description="frames that go through the network for one result")
+    gmac_per_result: float | None = Field(None, description="thousand million multiply-adds of one result")
+    smoother: SmootherName = "exponential"
     default: bool = Field(False, description="used by streams that name no model")
 
 
@@ -123,18 +137,26 @@ def served_models(settings: Settings) -> tuple[ServedModel, ...]:
     """
     found = []
     for index, model in enumerate(settings.engine.models):
-        recipe, _ = read_card(find_model(model.name, model.path))
-        found.append(
-            ServedModel(
-                name=model.name,
-                labels=recipe.labels,
-                background=recipe.background,
-                mode="window" if recipe.shift == "bi" else "step",
-                input_px=recipe.preprocess.input_px,
-                default=index == 0,
-            )
-        )
+        recipe, _ = read_card(find_model(model.name, model.path, [settings.models.folder]))
+        found.append(describe(model.name, recipe, default=index == 0))
     return tuple(found)
+
+
+def describe(name: str, recipe: Recipe, *, default: bool = False) -> ServedModel:
+    """A model as the doors show it, with what one result of it costs."""
+    window = {} if recipe.steppable else {"window_s": recipe.window_s, "stride_s": recipe.window_stride_s}
+    return ServedModel(
+        name=name,
+        labels=recipe.labels,
+        background=recipe.background,
+        mode="step" if recipe.steppable else "window",
+        input_px=recipe.preprocess.input_px,
+        frames_per_result=1 if recipe.steppable else recipe.frames,
+        gmac_per_result=round(multiply_adds(recipe) / 1e9, 3),
+        smoother=recipe.smoother,
+        default=default,
+        **window,
+    )
 
 
 class StreamManager:
@@ -365,7 +387,18 @@ class StreamManager:
         served = {model.name: model for model in self._models}
         for model in wanted:
             if model.name not in served:
-                raise UnknownModel(f"model {model.name!r} is not served; served: {', '.join(sorted(served))}")
+                raise UnknownModel(
+                    f"model {model.name!r} is not served; served: {', '.join(sorted(served))}; "
+                    "engine.models names what every replica loads"
+                )
+            timing = [name for name in ("window_s", "stride_s") if getattr(model, name) is not None]
+            if timing and served[model.name].mode == "step":
+                raise ModelOptionError(
+                    f"{' and '.join(timing)} of model {model.name!r} mean nothing: it is stepped frame by frame and "
+                    "has a result for each; leave them out, or lower max_fps"
+                )
+            if (model.smoother or served[model.name].smoother) == "gesture":
+                GestureSmoother(served[model.name].labels)
         if wanted:
             return tuple(wanted)
         return (StreamModel(name=next((m.name for m in self._models if m.default), self._models[0].name)),)

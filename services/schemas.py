@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from tsm_core.recipes import SmootherName
 from tsm_core.types import ActionEvent, Scores
 
 EVENT_PREFIX = "tsm.v1"
@@ -92,6 +93,10 @@ class StreamModel(Wire):
     off_threshold: float | None = Field(None, ge=0, le=1, description="score that ends it; default: the model's")
     window_s: float | None = Field(None, gt=0, le=600, description="window mode: seconds of video one result sees")
     stride_s: float | None = Field(None, gt=0, le=600, description="window mode: seconds between two results")
+    smoother: SmootherName | None = Field(
+        None,
+        description="exponential, or gesture: mit-han-lab's rules for the online Jester labels; default: the model's",
+    )
 
     @model_validator(mode="after")
     def check_thresholds(self) -> StreamModel:
@@ -139,6 +144,18 @@ class Restored(Wire):
     blob_sha256: str = ""
 
 
+class ModelStatus(Wire):
+    """One model at work on a stream, with the cost of one of its results on this replica."""
+
+    name: str
+    mode: Literal["step", "window"]
+    frames_per_result: int = Field(description="frames that go through the network for one result")
+    window_s: float | None = Field(None, description="window mode: seconds of video one result sees")
+    stride_s: float | None = Field(None, description="window mode: seconds between two results")
+    results: int = Field(0, description="results so far in this session")
+    result_cost_ms: float | None = Field(None, description="compute time of one result: median of the last ones")
+
+
 class StreamStatus(Wire):
     """What is, as the owning replica last wrote it."""
 
@@ -164,6 +181,7 @@ class StreamStatus(Wire):
     warmup: str | None = Field(None, description="k/L while the shift state is still filling")
     checkpoint_age_s: float | None = None
     restored: Restored | None = None
+    models: tuple[ModelStatus, ...] = ()
     updated_at: float = 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from services.frame_queue import FrameQueue, Waiting
 from services.schemas import (
     Latency,
     Lease,
+    ModelStatus,
     Restored,
     StreamModel,
     StreamSpec,
@@ -31,14 +33,15 @@ from services.settings import Settings
 from services.snapshots import ModelState, Snapshot, SnapshotError, decode_snapshot, sha256
 from services.telemetry import StreamFigures
 from tsm_core.arena import Arena, Slot, WindowArena
-from tsm_core.errors import CallerError
+from tsm_core.errors import CallerError, ShapeError
 from tsm_core.events import ActionDetector
 from tsm_core.model import TSM, WindowTSM
-from tsm_core.postprocess import Smoother
+from tsm_core.postprocess import new_smoother
 from tsm_core.types import ActionEvent, Frame, Scores
 
 BACKWARD_S = 0.5  # a clock may be set back so far without a new beginning
 LATENCY_S = 60.0
+COSTS_KEPT = 32
 RATE_S = 3.0
 
 
@@ -75,6 +78,18 @@ class Served:
         self.recipe = model.recipe
         self.arena: Arena | WindowArena = model.new_arena(slots)
         self.schema = f"{name}@{model_version(model)}:{model.mode}:{self.arena.elements}"
+        self._costs_ms: deque[float] = deque(maxlen=COSTS_KEPT)
+
+    @property
+    def frames_per_result(self) -> int:
+        """Frames that go through the network for one result."""
+        return self.recipe.frames if self.model.mode == "window" else 1
+
+    @property
+    def result_cost_ms(self) -> float | None:
+        """Compute time of one result, the median of the last ones; None before the first."""
+        costs_ms = list(self._costs_ms)
+        return round(statistics.median(costs_ms), 3) if costs_ms else None
 
     def warm_up(self) -> None:
         """Run one frame through, so that the first camera does not wait for lazy set-up."""
@@ -85,9 +100,21 @@ class Served:
 
     def step(self, pixels: Tensor, slots: Sequence[Slot], times_s: Sequence[float]) -> list[list[float]]:
         """One row of logits per slot; NaN where no result is due."""
+        # other streams' threads are not this model's cost; several threads of its own can only be timed by the wall
+        alone = self.arena.device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.thread_time if alone else time.perf_counter
+        began_s = clock()
         logits: Tensor = self.model.step(pixels, self.arena, slots, times_s)  # type: ignore[arg-type]
         rows: list[list[float]] = logits.float().tolist()
+        results = sum(not_nan(row) for row in rows)
+        if results:
+            self._costs_ms.append(1000 * (clock() - began_s) / results)
         return rows
+
+
+def not_nan(row: Sequence[float]) -> bool:
+    """Whether a row of logits is a result: where window mode has none due, it is NaN."""
+    return row[0] == row[0]
 
 
 def model_version(model: nn.Module) -> str:
@@ -106,7 +133,7 @@ class Analytics:
         self.served = served
         self.options = options
         self.max_gap_s = max_gap_s
-        self.smoother = Smoother(served.recipe.labels, served.recipe.smoothing_s)
+        self.smoother = new_smoother(served.recipe, options.smoother)
         self.detector = ActionDetector(
             stream_id,
             served.name,
@@ -114,6 +141,7 @@ class Analytics:
             threshold=options.threshold,
             off_threshold=options.off_threshold,
         )
+        self.results = 0
         self.slot = self._allocate()
         self.last_time_s: float | None = None
 
@@ -129,12 +157,29 @@ class Analytics:
 
     def update(self, row: list[float], frame: Frame) -> tuple[Scores | None, list[ActionEvent]]:
         """Smoothed scores and what they tell; no scores where window mode had no result due."""
-        if self.served.model.mode == "window" and row[0] != row[0]:
+        if self.served.model.mode == "window" and not not_nan(row):
             return None, []
+        self.results += 1
         values = self.smoother.update(row, frame.time_s)
         seen, total = self.warmup()
         scores = Scores(self.served.recipe.labels, values, seen, total)
         return scores, self.detector.update(scores, frame.number, frame.pts_s, frame.time_s)
+
+    def status(self) -> ModelStatus:
+        """What the model does on this stream, and what a result costs."""
+        arena = self.served.arena
+        window = stride = None
+        if isinstance(arena, WindowArena):
+            window, stride = self.options.window_s or arena.window_s, self.options.stride_s or arena.stride_s
+        return ModelStatus(
+            name=self.served.name,
+            mode=self.served.model.mode,
+            frames_per_result=self.served.frames_per_result,
+            window_s=window,
+            stride_s=stride,
+            results=self.results,
+            result_cost_ms=self.served.result_cost_ms,
+        )
 
     def warmup(self) -> tuple[int, int]:
         """(k, L): frames that the shift state has seen, of those that matter."""
@@ -157,7 +202,10 @@ class Analytics:
         if saved.schema != self.served.schema:
             raise SnapshotError(f"saved state is of {saved.schema}, this replica serves {self.served.schema}")
         self.served.arena.restore(self.slot, saved.state, saved.steps)
-        self.smoother.restore(dict(saved.smoother))
+        try:
+            self.smoother.restore(dict(saved.smoother))
+        except ShapeError as error:  # the stream's smoother was changed
+            raise SnapshotError(str(error)) from None
         self.detector.restore(dict(saved.detector))
         self.last_time_s = time_s
 
@@ -473,6 +521,7 @@ class Session:
             warmup=self._warmup,
             checkpoint_age_s=round(age_s, 2) if age_s is not None else None,
             restored=self.restored,
+            models=tuple(analytics.status() for analytics in list(self.analytics.values())),
             updated_at=time.time(),
         )
 

@@ -48,6 +48,19 @@ class StoreSettings(Section):
     state_ttl_s: float = Field(3600.0, gt=0, description="how long a saved shift state outlives its stream")
 
 
+class ModelsSettings(Section):
+    """Model files beside those that are shipped."""
+
+    dir: Path = Field(
+        Path("~/.cache/tsm-live"), description="where pulled and imported models are kept, and looked for by name"
+    )
+
+    @property
+    def folder(self) -> Path:
+        """`dir` with the home directory filled in."""
+        return self.dir.expanduser()
+
+
 class ModelSettings(Section):
     """One model that every replica loads."""
 
@@ -123,6 +136,7 @@ class Settings(BaseSettings):
 
     server: ServerSettings = ServerSettings()
     store: StoreSettings = StoreSettings()
+    models: ModelsSettings = ModelsSettings()
     engine: EngineSettings = EngineSettings()
     controller: ControllerSettings = ControllerSettings()
     source: SourceSettings = SourceSettings()

@@ -3,13 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from tsm_core.errors import ShapeError
+from tsm_core.errors import CallerError, ShapeError
+from tsm_core.recipes import Recipe, SmootherName
+
+Row = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class SmootherMismatch(CallerError):
+    """A smoother that does not know the model's labels."""
+
+    reason = "smoother_mismatch"
+
+
+def new_smoother(recipe: Recipe, name: SmootherName | None = None) -> Smoother | GestureSmoother:
+    """The recipe's smoother, or the one of this name. Raises SmootherMismatch."""
+    if (name or recipe.smoother) == "gesture":
+        return GestureSmoother(recipe.labels)
+    return Smoother(recipe.labels, recipe.smoothing_s)
+
+
+def _row_of(logits: Tensor | Sequence[float], labels: Sequence[str], time_s: float) -> Row:
+    """One row of logits (K,). Raises ShapeError when it has another length, ValueError when it is not finite."""
+    row = np.asarray(logits.tolist() if isinstance(logits, Tensor) else logits, dtype=np.float64)
+    if row.shape != (len(labels),):
+        raise ShapeError(f"logits must be ({len(labels)},), got {row.shape}")
+    if not np.isfinite(row).all():
+        raise ValueError(f"logits at {time_s} s are not finite: {row.tolist()}")
+    return row
+
+
+def _softmax(row: Row) -> Row:
+    powers = np.exp(row - row.max())
+    shares: Row = powers / powers.sum()
+    return shares
 
 
 class Smoother:
@@ -22,7 +55,7 @@ class Smoother:
     def __init__(self, labels: Sequence[str], smoothing_s: float) -> None:
         self.labels = tuple(labels)
         self.smoothing_s = smoothing_s
-        self._values: np.ndarray[Any, np.dtype[np.float64]] | None = None
+        self._values: Row | None = None
         self._time_s = 0.0
 
     def update(self, logits: Tensor | Sequence[float], time_s: float) -> tuple[float, ...]:
@@ -30,13 +63,7 @@ class Smoother:
 
         Raises ShapeError when the row has another length, ValueError when it is not finite (a row that is not due).
         """
-        row = np.asarray(logits.tolist() if isinstance(logits, Tensor) else logits, dtype=np.float64)
-        if row.shape != (len(self.labels),):
-            raise ShapeError(f"logits must be ({len(self.labels)},), got {row.shape}")
-        if not np.isfinite(row).all():
-            raise ValueError(f"logits at {time_s} s are not finite: {row.tolist()}")
-        powers = np.exp(row - row.max())
-        now = powers / powers.sum()
+        now = _softmax(_row_of(logits, self.labels, time_s))
         if self._values is None:
             self._values = now
         else:
@@ -55,9 +82,82 @@ class Smoother:
         return {"values": None if self._values is None else self._values.tolist(), "time_s": self._time_s}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`. Raises ShapeError when it has another number of labels."""
+        """Go on from a `state`. Raises ShapeError when it is another smoother's or has another number of labels."""
+        if "values" not in state:
+            raise ShapeError("state is of another smoother")
         values = state["values"]
         if values is not None and len(values) != len(self.labels):
             raise ShapeError(f"state has {len(values)} values for {len(self.labels)} labels: another model's?")
         self._values = None if values is None else np.asarray(values, dtype=np.float64)
         self._time_s = float(state["time_s"])
+
+
+NOTHING, OTHER = "No gesture", "Doing other things"
+HASTY = (
+    "Pulling Hand In",
+    "Rolling Hand Backward",
+    "Rolling Hand Forward",
+    "Turning Hand Clockwise",
+    "Turning Hand Counterclockwise",
+)
+SUMMED, REMEMBERED = 12, 20
+
+
+class GestureSmoother:
+    """mit-han-lab's rules for the online Jester network; they count results, not seconds.
+
+    The logits of the last 12 results are summed. A label of HASTY gives way to the one before it, `Doing other things`
+    counts as `No gesture`, and a change is taken over once the two results before it agreed. Same verbs as Smoother.
+    Source: Lin et al., arXiv:1811.08383, online demo. Raises SmootherMismatch for labels without these names.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = tuple(labels)
+        missing = [name for name in (NOTHING, OTHER, *HASTY) if name not in self.labels]
+        if missing:
+            raise SmootherMismatch(
+                f"the gesture smoother needs Jester's labels, {', '.join(missing)} are missing; use 'exponential'"
+            )
+        self._nothing, self._other = self.labels.index(NOTHING), self.labels.index(OTHER)
+        self._hasty = {self.labels.index(name) for name in HASTY}
+        self.reset()
+
+    def update(self, logits: Tensor | Sequence[float], time_s: float) -> tuple[float, ...]:
+        """Probabilities, one per label, after one more row of logits (K,); the accepted label has the highest.
+
+        Raises ShapeError when the row has another length, ValueError when it is not finite.
+        """
+        self._rows.append(_row_of(logits, self.labels, time_s))
+        values = _softmax(np.mean(self._rows, axis=0))
+        best = int(values.argmax())
+        accepted = self._accept(best)
+        values[[best, accepted]] = values[[accepted, best]]
+        return tuple(values.tolist())
+
+    def _accept(self, index: int) -> int:
+        if index in self._hasty:
+            index = self._history[-1]
+        if index == self._other:
+            index = self._nothing
+        settled = len(self._history) < 2 or self._history[-1] == self._history[-2]
+        if index != self._history[-1] and not settled:
+            index = self._history[-1]
+        self._history.append(index)
+        return index
+
+    def reset(self) -> None:
+        """Forget the past: no gesture."""
+        self._rows: deque[Row] = deque(maxlen=SUMMED)
+        self._history: deque[int] = deque([self._nothing], maxlen=REMEMBERED)
+
+    def state(self) -> dict[str, Any]:
+        """All it remembers, as JSON values."""
+        return {"rows": [row.tolist() for row in self._rows], "history": list(self._history)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`. Raises ShapeError when it is another smoother's or another model's."""
+        rows = [np.asarray(row, dtype=np.float64) for row in state.get("rows", ())]
+        history = [int(index) for index in state.get("history", ())]
+        if not history or any(row.shape != (len(self.labels),) for row in rows) or max(history) >= len(self.labels):
+            raise ShapeError(f"state is of another smoother or of other than {len(self.labels)} labels")
+        self._rows, self._history = deque(rows, maxlen=SUMMED), deque(history, maxlen=REMEMBERED)

@@ -31,6 +31,7 @@ class UnknownRecipe(CallerError):
     reason = "unknown_recipe"
 
 
+SmootherName = Literal["exponential", "gesture"]
 Clips = Literal["uniform", "twice", "dense"]
 CLIPS: dict[Clips, int] = {"uniform": 1, "twice": 2, "dense": 10}
 CROPS: dict[Crop, int] = {"center": 1, "three": 3, "ten": 10}
@@ -184,7 +185,7 @@ class Recipe:
     window_s: float = 8.0
     stride_s: float | None = None
     smoothing_s: float = 0.5
-    smoother: Literal["exponential", "gesture"] = "exponential"
+    smoother: SmootherName = "exponential"
     threshold: float = 0.6
     off_threshold: float = 0.4
     min_action_s: float = 0.5
@@ -261,6 +262,11 @@ class Recipe:
     def steppable(self) -> bool:
         """Whether a frame needs its past alone; else the model sees windows of `frames` frames."""
         return self.shift != "bi" and self.non_local is None and not self.temporal_pool
+
+    @property
+    def window_stride_s(self) -> float:
+        """Seconds between two results in window mode."""
+        return self.stride_s or self.window_s / 4
 
     def to_json(self) -> str:
         """One JSON object with every field."""

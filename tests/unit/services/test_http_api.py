@@ -127,7 +127,14 @@ def test_stream_goes_through_its_life(client: httpx.Client):
     view = add(client)
     assert view["status"]["state"] == "STARTING"
     assert view["models"] == [
-        {"name": "motion9", "threshold": None, "off_threshold": None, "window_s": None, "stride_s": None}
+        {
+            "name": "motion9",
+            "threshold": None,
+            "off_threshold": None,
+            "window_s": None,
+            "stride_s": None,
+            "smoother": None,
+        }
     ]
     assert view["source"]["decoder"] == "pyav"  # a password stays off command lines
     assert view["source"]["password"] == "**********"

@@ -7,17 +7,21 @@ import pytest
 
 from pipelines.faults import BadSource
 from services.manager import (
+    ModelOptionError,
     NoCapacity,
     SourceNotAllowed,
     SourceNotFound,
     SourceUnreachable,
     StreamManager,
+    describe,
     served_models,
 )
 from services.schemas import ReplicaInfo, SourceSpec, StreamModel, StreamSpec, StreamStatus
 from services.settings import EngineSettings, ModelSettings, Settings, SourceSettings, StoreSettings
 from services.store import MemoryStore, StreamExists, StreamNotFound
 from tests.unit.services.http_kit import CANARY, MODELS
+from tsm_core.postprocess import SmootherMismatch
+from tsm_core.recipes import find_recipe
 from tsm_core.zoo import UnknownModel
 
 
@@ -108,6 +112,27 @@ def test_models_are_resolved_and_checked():
         manager.create(camera("b", models=(StreamModel(name="x"),)), check=False)
     with pytest.raises(UnknownModel):
         served_models(Settings(engine=EngineSettings(models=(ModelSettings(name="nothing-of-this-name"),))))
+
+
+def test_options_that_a_model_does_not_have_are_refused():
+    manager = manager_of()
+    for options, says in (({"stride_s": 1.0}, "stride_s of model 'motion9'"), ({"window_s": 2.0}, "stepped")):
+        with pytest.raises(ModelOptionError, match=says) as refused:
+            manager.create(camera("a", models=(StreamModel(name="motion9", **options),)), check=False)
+        assert refused.value.reason == "model_option"
+    with pytest.raises(SmootherMismatch, match="Jester's labels"):
+        manager.create(camera("a", models=(StreamModel(name="motion9", smoother="gesture"),)), check=False)
+
+
+def test_a_model_says_how_it_is_served_and_what_a_result_costs():
+    online = describe("g", find_recipe("mobilenetv2_jester_online"), default=True)
+    assert (online.mode, online.frames_per_result, online.stride_s, online.smoother) == ("step", 1, None, "gesture")
+    for name, gmac in (("tsm_r50_1x1x8_50e_kinetics400_rgb__ss256", 32.7), ("tsm_r50_1x1x16_50e_sthv2_rgb", 65.4)):
+        recipe = find_recipe(name)
+        shown = describe(name, recipe)
+        assert (shown.mode, shown.frames_per_result, shown.window_s) == ("window", recipe.frames, recipe.window_s)
+        assert shown.stride_s == recipe.window_s / 4
+        assert shown.gmac_per_result == pytest.approx(gmac, rel=0.01)
 
 
 def test_camera_that_does_not_answer_is_refused_unless_told_otherwise():
