@@ -79,7 +79,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> TSM | Wi
     _, tensors = _read_own(Path(path), weights=True)
     model = build(recipe)
     if wrong := _differences(model.net.state_dict(), tensors):
-        raise ModelFileError(f"{path} does not fit {recipe.name} ({recipe.backbone}): {_some(wrong)}")
+        raise ModelFileError(f"{path} does not fit {recipe.name} ({recipe.backbone}): {wrong}")
     model.net.load_state_dict(tensors)
     model.source = card.get("source") or {}
     # convolutions are quicker, on CPUs above all, when the channels of a pixel lie together
@@ -260,7 +260,7 @@ def _fill(file: Path, model: TSM, found: Translated, wanted: set[str]) -> None:
     counters = {key: value for key, value in expected.items() if key.endswith(".num_batches_tracked")}
     tensors = {**counters, **found.tensors}  # old files do not count batches, and nothing here asks
     if wrong := _differences(expected, tensors, found.old_names):
-        raise ModelFileError(f"{file} does not fit {model.recipe.name} ({model.recipe.backbone}): {_some(wrong)}")
+        raise ModelFileError(f"{file} does not fit {model.recipe.name} ({model.recipe.backbone}): {wrong}")
     odd = {key: int((~value.isfinite()).sum()) for key, value in tensors.items() if value.is_floating_point()}
     if bad := [f"{found.old_names[key]} ({count} of {tensors[key].numel()})" for key, count in odd.items() if count]:
         raise ModelFileError(
@@ -272,16 +272,17 @@ def _fill(file: Path, model: TSM, found: Translated, wanted: set[str]) -> None:
 
 def _differences(
     expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], old_names: Mapping[str, str] | None = None
-) -> list[str]:
+) -> str:
     theirs = old_names or {}
-    wrong = [f"missing {key}" for key in expected if key not in tensors]
-    wrong += [f"unknown {theirs.get(key, key)}" for key in tensors if key not in expected]
-    wrong += [
+    missing = [key for key in expected if key not in tensors]
+    unknown = [theirs.get(key, key) for key in tensors if key not in expected]
+    other = [
         f"{theirs.get(key, key)} is {tuple(tensors[key].shape)}, not {tuple(value.shape)}"
         for key, value in expected.items()
         if key in tensors and tensors[key].shape != value.shape
     ]
-    return wrong
+    told = {"missing ": missing, "unknown ": unknown, "": other}
+    return "; ".join(f"{what}{_some(which)}" for what, which in told.items() if which)
 
 
 def _some(names: Iterable[str], most: int = LISTED) -> str:

@@ -67,8 +67,9 @@ def input_of(case):
 
 def load_case(name, tmp_path):
     case = json.loads((CASES / f"{name}.json").read_text())
-    recipe = recipe_of(case)
-    model = import_checkpoint(checkpoint_of(name, case, tmp_path / f"{name}.pth"), recipe)
+    path = checkpoint_of(name, case, tmp_path / f"{name}.pth")
+    model = import_checkpoint(path, recipe_of(case))
+    path.unlink()  # up to 170 MB each
     assert sum(parameter.numel() for parameter in model.parameters()) == case["weights_check"]["n_parameters"]
     return case, model, input_of(case)
 
