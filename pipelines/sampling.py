@@ -7,16 +7,12 @@ count from 1 are the decoder's business. Source: MMAction2 0.x SampleFrames and 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from tsm_core.errors import CallerError
+from tsm_core.labels import Convention
+from tsm_core.recipes import CLIPS, Clips
 
-Convention = Literal["mmaction2", "mit"]
-Clips = Literal["uniform", "twice", "dense"]
-
-CLIP_COUNTS: dict[Clips, int] = {"uniform": 1, "twice": 2, "dense": 10}  # clips that a test takes of one video
 DENSE_RANGE = 64  # frames that a dense clip spans
 
 
@@ -77,7 +73,7 @@ def test_indices(
     """
     _check(total, frames)
     if clips == "dense":
-        starts = np.linspace(0, max(0, total - DENSE_RANGE), CLIP_COUNTS["dense"], dtype=np.int64)
+        starts = np.linspace(0, max(0, total - DENSE_RANGE), CLIPS["dense"], dtype=np.int64)
         return [index for start in starts for index in _dense_clip(total, frames, int(start))]
     found = _middles(total, frames)
     if clips == "twice":

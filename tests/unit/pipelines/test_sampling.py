@@ -5,6 +5,7 @@ import pytest
 
 from pipelines import sampling
 from pipelines.sampling import NothingToSample, train_indices, validation_indices
+from tsm_core.recipes import CLIPS
 
 
 def rng(seed=0):
@@ -222,7 +223,7 @@ def test_indices_are_whole_and_lie_in_the_video(convention):
                 for rule in (train_indices, validation_indices):
                     found = rule(total, frames, dice, dense=dense, convention=convention)
                     assert all(type(i) is int and 0 <= i < total for i in found)
-            for clips, count in sampling.CLIP_COUNTS.items():
+            for clips, count in CLIPS.items():
                 found = sampling.test_indices(total, frames, clips=clips, convention=convention)
                 assert len(found) == count * frames
                 assert all(type(i) is int and 0 <= i < total for i in found)
@@ -239,6 +240,6 @@ def test_nothing_to_sample(total, frames, said):
             for dense in (False, True):
                 with pytest.raises(NothingToSample, match=said):
                     rule(total, frames, rng(), dense=dense, convention=convention)
-    for clips in sampling.CLIP_COUNTS:
+    for clips in CLIPS:
         with pytest.raises(NothingToSample, match=said):
             sampling.test_indices(total, frames, clips=clips)
