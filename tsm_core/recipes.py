@@ -674,7 +674,6 @@ def _mit(
             MIT,
             efficient=None if efficient_score is None else Accuracy(*efficient_score),
             accurate=Accuracy(*score),
-            params=base.published.params if base.published else None,
         ),
         checkpoint=Checkpoint(f"{MIT_URL}/{file}"),
     )
