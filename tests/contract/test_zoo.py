@@ -32,6 +32,8 @@ def lively(network: nn.Module) -> None:
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.weight, 0.5, 1.0)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
 
 
 def clip_of(frames: int) -> torch.Tensor:
