@@ -31,7 +31,9 @@ def lively(network: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.weight, 0.5, 1.0)
+            # a non-local block's output grows with the cube of its input where nothing is normalised
+            scale = 0.01 if isinstance(module, nn.BatchNorm3d) else 1.0
+            nn.init.uniform_(module.weight, 0.5 * scale, scale)
         elif isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
 
@@ -56,7 +58,7 @@ def test_a_row_builds_counts_and_takes_a_clip(name):
         backwards = model(clip.flip(1))
     assert logits.shape == (1, len(recipe.labels))
     assert torch.isfinite(logits).all()
-    assert torch.allclose(frames.mean(dim=1), logits, atol=1e-6)
+    assert not far(frames.mean(dim=1), logits)
     assert far(backwards, logits)  # it has a sense of time
     with pytest.raises(NotSteppable):
         model.new_arena(1)
