@@ -31,9 +31,9 @@ def lively(network: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.normal_(module.running_mean, std=0.1)
-            # a non-local block's output grows with the cube of its input where nothing is normalised
-            scale = 0.01 if isinstance(module, nn.BatchNorm3d) else 1.0
-            nn.init.uniform_(module.weight, 0.5 * scale, scale)
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+        elif isinstance(module, nn.Conv3d):  # of dot products without a softmax: they grow with the cube of the input
+            nn.init.normal_(module.weight, std=0.001)
         elif isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
 
