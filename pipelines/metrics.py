@@ -5,6 +5,8 @@ A ranking is (N, k) class indices, best first, one row per video. With predictio
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,6 +88,29 @@ def class_scores(confusion: Ints, labels: Sequence[str]) -> list[ClassScore]:
             ClassScore(index, label, int(confusion[index].sum()), int(confusion[index, index]), taken_for, times)
         )
     return rows
+
+
+def class_table(rows: Sequence[ClassScore], *, markdown: bool = False) -> str:
+    """The rows as CSV with a heading, or as a table of Markdown; percentages with two decimals."""
+    heading = ("class", "label", "videos", "correct", "accuracy", "taken for", "times")
+    cells = [
+        (
+            str(row.index),
+            row.label,
+            str(row.videos),
+            str(row.correct),
+            "" if row.accuracy is None else f"{100 * row.accuracy:.2f}",
+            row.taken_for or "",
+            str(row.times or ""),
+        )
+        for row in rows
+    ]
+    if markdown:
+        lines = [heading, ("---:", "---", "---:", "---:", "---:", "---", "---:"), *cells]
+        return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([heading, *cells])
+    return text.getvalue()
 
 
 def _check(predictions: int, labels: int) -> None:

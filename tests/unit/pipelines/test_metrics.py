@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.metrics import class_scores, confusion_matrix, mean_class_accuracy, ranking, top_k_accuracy
+from pipelines.metrics import class_scores, class_table, confusion_matrix, mean_class_accuracy, ranking, top_k_accuracy
 from tsm_core.errors import ShapeError
 
 SCORES = np.array(
@@ -72,6 +72,17 @@ def test_a_row_per_class():
         ("walk", 0, 0, None, None, 0),
         ("sit", 2, 2, 1.0, None, 0),
         ("fly", 0, 0, None, None, 0),
+    ]
+
+
+def test_the_table_as_csv_and_markdown():
+    rows = class_scores(confusion_matrix([0, 1, 1], [0, 0, 0], 2), ["a, b", "c|d"])
+    assert class_table(rows) == (
+        'class,label,videos,correct,accuracy,taken for,times\n0,"a, b",3,1,33.33,c|d,2\n1,c|d,0,0,,,\n'
+    )
+    assert class_table(rows, markdown=True).splitlines()[2:] == [
+        "| 0 | a, b | 3 | 1 | 33.33 | c/d | 2 |",
+        "| 1 | c/d | 0 | 0 |  |  |  |",
     ]
 
 
