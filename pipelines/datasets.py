@@ -32,7 +32,7 @@ VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".flv
 
 
 class BadList(CallerError):
-    """A list of videos has a line that cannot be used."""
+    """A list of videos has a line that cannot be used; the reason is bad_label where its label is out of range."""
 
     reason = "bad_list"
 
@@ -202,8 +202,12 @@ def scan_list(
     entries = _json_entries(path, text) if str(path).endswith(".json") else _text_entries(text, kind, with_offset)
     seen: dict[tuple[str, int], str] = {}
     for where, line, record in entries:
-        fault = record if isinstance(record, str) else _fault(record, classes, seen)
-        if isinstance(record, str) or fault:
+        if isinstance(record, str):
+            yield BadList(f"{path}, {where}: {record}: {line!r}")
+        elif record.label < 0 or (classes is not None and record.label >= classes):
+            said = f"label {record.label} is not in 0..{'' if classes is None else classes - 1}"
+            yield BadList(f"{path}, {where}: {said}: {line!r}", reason="bad_label")
+        elif fault := _fault(record, seen):
             yield BadList(f"{path}, {where}: {fault}: {line!r}")
         else:
             seen[record.path, record.offset] = where
@@ -260,13 +264,11 @@ def _json_entries(path: Path | str, text: str) -> Iterator[_Entry]:
             yield where, line, VideoRecord(name, labels[0], frames, offset)
 
 
-def _fault(record: VideoRecord, classes: int | None, seen: dict[tuple[str, int], str]) -> str:
-    """What is wrong with a record; empty when nothing is."""
+def _fault(record: VideoRecord, seen: dict[tuple[str, int], str]) -> str:
+    """What is wrong with a record's path or numbers; empty when nothing is."""
     path = PurePosixPath(record.path)
     if path.is_absolute() or ".." in path.parts:
         return "the path leads out of the data set's folder"
-    if record.label < 0 or (classes is not None and record.label >= classes):
-        return f"label {record.label} is not in 0..{'' if classes is None else classes - 1}"
     if (record.frames or 0) < 0 or record.offset < 0:
         return "a number of frames below 0"
     if (record.path, record.offset) in seen:
