@@ -290,6 +290,9 @@ class _Reader:
         rows: Callable[[Part, int], Iterator[_Row]] = getattr(self, f"_{self.row.name}")
         found: dict[str, Annotation] = {}
         for where, label, places in rows(part, split):
+            for place in places:
+                if place.startswith("/") or ".." in place.split("/") or not place.isprintable():
+                    raise BadAnnotations(f"{where}: {place!r} is no name of a video in the data set's folder")
             other = found.setdefault(places[0], Annotation(label, places))
             if other.label != label:
                 both = f"{self.row.labels[other.label]!r} and {self.row.labels[label]!r}"
@@ -314,7 +317,7 @@ class _Reader:
             underscored = self.row.labels[label].replace(" ", "_")
             folders = dict.fromkeys((underscored, self.row.labels[label], re.sub("[()']", "", underscored), ""))
             stems = (f"{clip}_{start:06d}_{end:06d}", f"{clip}_{start}")  # the second is mit-han-lab's
-            yield where, label, tuple(f"{folder}/{stem}".lstrip("/") for stem in stems for folder in folders)
+            yield where, label, tuple(f"{folder}/{stem}" if folder else stem for stem in stems for folder in folders)
 
     def _sthv1(self, part: Part, split: int) -> Iterator[_Row]:
         return self._semicolons("something-something-v1", part)
@@ -694,7 +697,7 @@ def _extract_one(row: DatasetRow, video: Path, folder: Path, scale: str) -> str 
         *(binary.path, "-v", "error", "-nostdin", "-threads", "1"),
         *("-protocol_whitelist", "file", "-format_whitelist", FILE_FORMATS, "-i", f"file:{video.absolute()}"),
         *("-map", "0:v:0", *every_frame, *(("-vf", scale) if scale else ())),
-        *("-threads", "1", "-qmin", "1", "-q:v", "1", "-start_number", str(row.start), "-f", "image2", names),
+        *("-threads", "1", "-q:v", "2", "-start_number", str(row.start), "-f", "image2", names),
     ]
     try:
         run = subprocess.run(command, capture_output=True, text=True, errors="replace")  # noqa: S603
