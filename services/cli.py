@@ -1,4 +1,4 @@
-"""The tsm command: serve, look at streams, follow events, run a file, check the machine."""
+"""The tsm command: serve, look at streams, follow events, run a file, check the machine; more in cli_zoo.py."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ import httpx
 import typer
 from typer.core import TyperGroup
 
+from services.cli_zoo import model_folders, models_app, recipes_app
 from services.settings import load_settings
-from tsm_core.checkpoints import read_card
+from services.tables import print_table
+from tsm_core.checkpoints import load_model
 from tsm_core.errors import CallerError, TSMError, WorldError
-from tsm_core.zoo import available_models
+from tsm_core.zoo import find_model
 
 EXIT_CALLER, EXIT_WORLD, EXIT_INTERRUPTED = 2, 3, 130
 PROBE_WAIT_S = 30.0
@@ -73,10 +75,10 @@ app = typer.Typer(
 )
 streams_app = typer.Typer(no_args_is_help=True, help="Streams of a running service.")
 events_app = typer.Typer(no_args_is_help=True, help="Events of a running service.")
-models_app = typer.Typer(no_args_is_help=True, help="Models at hand.")
 app.add_typer(streams_app, name="streams")
 app.add_typer(events_app, name="events")
 app.add_typer(models_app, name="models")
+app.add_typer(recipes_app, name="recipes")
 
 Server = Annotated[str, typer.Option("--server", envvar="TSM_SERVER", help="address of the service")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -153,9 +155,11 @@ def infer(
     from services.schemas import cloud_event, score_record
 
     # threads that wait for one another cost minutes on a busy machine
-    torch.set_num_threads(load_settings().engine.threads)
+    settings = load_settings()
+    torch.set_num_threads(settings.engine.threads)
+    network = load_model(find_model(model, None, model_folders(settings))).for_inference()
     frames = actions = 0
-    for result in infer_file(file, model, annotate=annotate):
+    for result in infer_file(file, network, name=model, annotate=annotate):
         frames += 1
         actions += sum(event.phase == "new" for event in result.events)
         if as_json:
@@ -185,6 +189,8 @@ def add_stream(
     password: PasswordPrompt = False,
     password_stdin: PasswordStdin = False,
     model: Annotated[list[str] | None, typer.Option("--model", help="default: the service's first model")] = None,
+    window_s: Annotated[float | None, typer.Option("--window-s", help="window mode: seconds one result sees")] = None,
+    stride_s: Annotated[float | None, typer.Option("--stride-s", help="window mode: seconds between results")] = None,
     max_fps: Annotated[float | None, typer.Option(help="recognise at most so many frames a second")] = None,
     transport: Transport = "tcp",
     loop: Annotated[bool, typer.Option("--loop", help="files: begin again at the end")] = False,
@@ -199,8 +205,11 @@ def add_stream(
     body: dict[str, Any] = {"name": name, "source": {**source, "loop": loop}}
     if stream_id is not None:
         body["id"] = stream_id
+    window = {key: value for key, value in (("window_s", window_s), ("stride_s", stride_s)) if value is not None}
+    if window and not model:
+        raise NothingToChange("--window-s and --stride-s belong to a model: name it with --model")
     if model:
-        body["models"] = [{"name": one} for one in model]
+        body["models"] = [{"name": one, **window} for one in model]
     if max_fps is not None:
         body["max_fps"] = max_fps
     began = time.monotonic()
@@ -223,7 +232,7 @@ def list_streams(as_json: Json = False, server: Server = LOCAL) -> None:
         typer.echo(json.dumps(found))
         return
     rows = [("ID", "STATE", "FPS", "P50 MS", "LABEL", "SOURCE")] + [_row(view) for view in found]
-    _table(rows)
+    print_table(rows)
 
 
 @streams_app.command("get")
@@ -347,7 +356,7 @@ def probe_stream(
         raise RemoteRefusal(f"{result['message']}{hint}", reason=(result["error_code"] or "probe_failed").lower())
 
 
-# events and models
+# events
 
 
 @events_app.command("tail")
@@ -372,33 +381,6 @@ def tail_events(
             typer.echo(f"{event['time']}  {data['stream_id']:<12} #{event['sequence']:<5} {event['type']:<24} {what}")
         if number == count:
             return
-
-
-@models_app.command("list")
-def list_models(as_json: Json = False) -> None:
-    """Models at hand on this machine."""
-    found: list[dict[str, Any]] = []
-    for name, path in sorted(available_models().items()):
-        recipe, card = read_card(path)
-        found.append(
-            {
-                "name": name,
-                "mode": "window" if recipe.shift == "bi" else "step",
-                "backbone": recipe.backbone,
-                "input_px": recipe.preprocess.input_px,
-                "labels": list(recipe.labels),
-                "file": str(path),
-                "card": card,
-            }
-        )
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    rows: list[tuple[str, ...]] = [("NAME", "MODE", "BACKBONE", "INPUT", "LABELS")]
-    for model in found:
-        labels = " ".join(model["labels"])
-        rows.append((model["name"], model["mode"], model["backbone"], f"{model['input_px']} px", labels))
-    _table(rows)
 
 
 @app.command()
@@ -493,12 +475,6 @@ def _row(view: Mapping[str, Any]) -> tuple[str, ...]:
     status = view["status"]
     latency = f"{status['latency_ms']['p50']:.0f}" if status["latency_ms"] else "-"
     return view["id"], status["state"], f"{status['fps']:.1f}", latency, status["label"] or "-", view["source"]["uri"]
-
-
-def _table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _show(view: Mapping[str, Any], as_json: bool, line: str) -> None:

@@ -1,0 +1,288 @@
+"""The tsm commands that need no service: recipes, models, data sets, evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from tqdm import tqdm
+
+from services.settings import Settings, load_settings
+from services.tables import print_table
+from tsm_core.checkpoints import import_checkpoint, load_backbone, load_model, read_card, save_model
+from tsm_core.cost import multiply_adds, parameters
+from tsm_core.model import build
+from tsm_core.recipes import RECIPES, Accuracy, Recipe, find_recipe
+from tsm_core.zoo import available_models, find_model
+
+recipes_app = typer.Typer(no_args_is_help=True, help="Recipes: all that names and reproduces a model.")
+models_app = typer.Typer(no_args_is_help=True, help="Models at hand; public and foreign weights.")
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="name of the model")]
+
+
+# recipes
+
+
+@recipes_app.command("list")
+def list_recipes(
+    match: Annotated[str, typer.Argument(help="only names and data sets that contain this")] = "", as_json: Json = False
+) -> None:
+    """All recipes: MMAction2's 36 rows, their uni-directional twins, later and other published models, ours."""
+    found = [row for row in RECIPES.values() if match in row.name or match == row.dataset]
+    if as_json:
+        typer.echo(json.dumps([_short(row) for row in found]))
+        return
+    rows = [("RECIPE", "DATA", "BACKBONE", "FRAMES", "LIVE", "TOP-1", "WEIGHTS")]
+    for row in found:
+        short = _short(row)
+        scores = [f"{value:g}" for value in (short["top1_efficient"], short["top1_accurate"]) if value is not None]
+        weights = "public" if row.checkpoint else "shipped" if row.name in available_models() else "to be trained"
+        network = row.backbone + (f" + {row.non_local}" if row.non_local else "")
+        rows.append(
+            (row.name, row.dataset, network, str(row.frames), short["mode"], " / ".join(scores) or "-", weights)
+        )
+    print_table(rows)
+    typer.echo(f"{len(found)} recipes; TOP-1 as published, efficient / accurate setting where both were")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(metavar="RECIPE")], as_json: Json = False) -> None:
+    """One recipe: network, data, training, views, what was published."""
+    recipe = find_recipe(name)
+    facts = {"params": parameters(recipe), "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3)}
+    data = {
+        **asdict(recipe),
+        "mode": _mode(recipe),
+        "stride_s": None if recipe.steppable else recipe.window_stride_s,
+        **facts,
+    }
+    if as_json:
+        typer.echo(json.dumps(data))
+        return
+    live = (
+        "stepped frame by frame: a result for each"
+        if recipe.steppable
+        else f"window of {recipe.window_s:g} s, a result every {recipe.window_stride_s:g} s"
+    )
+    _facts(
+        recipe.name,
+        {
+            "network": f"{recipe.backbone}, shift {recipe.shift} of 1/{recipe.shift_div}"
+            + (f", non-local {recipe.non_local}" if recipe.non_local else "")
+            + (", temporal pool" if recipe.temporal_pool else ""),
+            "clip": f"{recipe.frames} frames of {recipe.preprocess.input_px} px",
+            "parameters": f"{facts['params']:,}",
+            "one result": f"{facts['gmac_per_result']:g} GMAC",
+            "live": live,
+            "classes": f"{len(recipe.labels)}: {', '.join(recipe.labels[:3])}, ...",
+            "data": " ".join(filter(None, (recipe.dataset, recipe.data, recipe.stored))) if recipe.dataset else "",
+            "convention": recipe.convention,
+            "efficient views": f"{recipe.efficient} ({recipe.efficient.total})",
+            "accurate views": f"{recipe.accurate} ({recipe.accurate.total})",
+        },
+    )
+    if recipe.training is not None:
+        train = recipe.training
+        groups = ", ".join(f"{part} {lr:g}x lr {decay:g}x decay" for part, lr, decay in train.groups)
+        _facts(
+            "training",
+            {
+                "epochs": f"{train.epochs}, lr / 10 at {', '.join(map(str, train.milestones))}"
+                + (f", {train.warmup_epochs} of warm-up" if train.warmup_epochs else ""),
+                "lr": f"{train.lr:g} for a batch of {train.lr_batch} (here {train.batch} on {train.gpus} GPUs)",
+                "SGD": f"momentum {train.momentum:g}, decay {train.weight_decay:g}, clip {train.clip_norm:g}",
+                "groups": groups,
+                "crop": train.crop,
+                "flip": ("half of the clips" if train.flip else "none")
+                + (f", exchanging classes {train.flip_pairs}" if train.flip_pairs else ""),
+                "augment": ", ".join(one for one in (train.augment, train.blend) if one != "none"),
+                "begins from": train.init,
+            },
+        )
+    if recipe.published is not None:
+        page = recipe.published
+        _facts(
+            f"published by {page.source} (not measured here)",
+            {
+                "efficient": _score(page.efficient),
+                "accurate": _score(page.accurate),
+                "reference": " / ".join(
+                    filter(None, (_score(page.reference_efficient), _score(page.reference_accurate)))
+                ),
+                "training memory": f"{page.gpu_mem_mb} MB" if page.gpu_mem_mb else "",
+                "speed": f"{page.videos_per_s:g} videos/s" if page.videos_per_s else "",
+                "notes": "; ".join(page.notes),
+                "weights": recipe.checkpoint.url if recipe.checkpoint else "",
+                "sha256": (recipe.checkpoint.sha256 or "not published") if recipe.checkpoint else "",
+            },
+        )
+
+
+def _mode(recipe: Recipe) -> str:
+    return "step" if recipe.steppable else "window"
+
+
+def _score(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return ""
+    top5 = "" if accuracy.top5 is None else f", top-5 {accuracy.top5:g} %"
+    return ("" if accuracy.top1 is None else f"top-1 {accuracy.top1:g} %") + top5
+
+
+def _short(recipe: Recipe) -> dict[str, Any]:
+    page = recipe.published
+    return {
+        "name": recipe.name,
+        "dataset": recipe.dataset,
+        "backbone": recipe.backbone,
+        "non_local": recipe.non_local,
+        "frames": recipe.frames,
+        "shift": recipe.shift,
+        "mode": _mode(recipe),
+        "classes": len(recipe.labels),
+        "top1_efficient": page.efficient.top1 if page and page.efficient else None,
+        "top1_accurate": page.accurate.top1 if page and page.accurate else None,
+        "source": page.source if page else None,
+        "checkpoint": recipe.checkpoint.url if recipe.checkpoint else None,
+        "sha256": recipe.checkpoint.sha256 if recipe.checkpoint else None,
+    }
+
+
+def _facts(title: str, facts: Mapping[str, str]) -> None:
+    typer.echo(title)
+    for name, value in facts.items():
+        if value:
+            typer.echo(f"  {name + ':':<17} {value}")
+
+
+# models
+
+
+def model_folders(settings: Settings) -> list[Path]:
+    """Where models are looked for beside the shipped ones."""
+    return [settings.models.folder]
+
+
+@models_app.command("list")
+def list_models(as_json: Json = False) -> None:
+    """Models at hand on this machine: shipped, pulled and imported."""
+    found = [_at_hand(name, path) for name, path in sorted(available_models(model_folders(load_settings())).items())]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows: list[tuple[str, ...]] = [("NAME", "MODE", "BACKBONE", "INPUT", "GMAC", "LABELS")]
+    for model in found:
+        labels = model["labels"]
+        shown = " ".join(labels) if len(labels) < 12 else f"{len(labels)}: {', '.join(labels[:3])}, ..."
+        gmac = f"{model['gmac_per_result']:g}"
+        rows.append((model["name"], model["mode"], model["backbone"], f"{model['input_px']} px", gmac, shown))
+    print_table(rows)
+
+
+@models_app.command("show")
+def show_model(name: ModelName, as_json: Json = False) -> None:
+    """One model at hand: its recipe, how it is served, and its card."""
+    model = _at_hand(name, find_model(name, None, model_folders(load_settings())))
+    if as_json:
+        typer.echo(json.dumps(model))
+        return
+    card = model.pop("card")
+    model["labels"] = ", ".join(model["labels"])
+    _facts(model.pop("name"), {key: str(value) for key, value in model.items() if value is not None})
+    _facts("card", {key: value if isinstance(value, str) else json.dumps(value) for key, value in card.items()})
+
+
+@models_app.command("pull")
+def pull_model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a recipe with public weights, or a backbone")],
+    as_json: Json = False,
+) -> None:
+    """Download public weights, verify and import them; ImageNet weights of a backbone are kept for training."""
+    from pipelines.hub import pull
+
+    with _bytes_bar(name) as on_progress:
+        path = pull(name, load_settings().models.folder, on_progress)
+    _tell(as_json, {"name": name, "file": str(path)}, f"{name}: {path}")
+
+
+@models_app.command("import")
+def import_model(
+    file: Annotated[Path, typer.Argument(help="checkpoint of MMAction2, mit-han-lab or torchvision")],
+    recipe_name: Annotated[str, typer.Option("--recipe", help="recipe that the weights belong to")],
+    name: Annotated[str | None, typer.Option(help="name of the new model; default: the recipe's")] = None,
+    backbone_only: Annotated[
+        bool, typer.Option("--backbone-only", help="ImageNet weights and the like: leave the classifier untrained")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="write the model file here instead")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a model of a foreign checkpoint: every weight must fit, nothing in the file is executed."""
+    recipe = find_recipe(recipe_name)
+    target = out or load_settings().models.folder / f"{name or recipe.name}.safetensors"
+    if backbone_only:
+        model = build(recipe)
+        load_backbone(model, file)
+        save_model(target, model, {"note": f"backbone of {file.name}; the classifier is untrained"})
+    else:
+        save_model(target, import_checkpoint(file, recipe))
+    _tell(as_json, {"name": target.stem, "recipe": recipe.name, "file": str(target)}, f"{target.stem}: {target}")
+
+
+@models_app.command("export")
+def export_model(
+    name: ModelName,
+    out: Annotated[Path, typer.Option("--out", help=".onnx or .pt2 file to write")],
+    step: Annotated[bool, typer.Option("--step", help="one frame and the shift state, in and out")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model for other runtimes: ONNX or torch.export, over clips or frame by frame."""
+    from tsm_core.export import ExportError
+    from tsm_core.export import export_model as write
+
+    formats: dict[str, Literal["onnx", "torch"]] = {".onnx": "onnx", ".pt2": "torch"}
+    if out.suffix not in formats:
+        raise ExportError(f"{out} must end in .onnx or .pt2: it says which format to write")
+    model = load_model(find_model(name, None, model_folders(load_settings())))
+    what: Literal["step", "clip"] = "step" if step else "clip"
+    write(model, out, formats[out.suffix], what)
+    _tell(as_json, {"name": name, "what": what, "file": str(out)}, f"{name} ({what}): {out}")
+
+
+def _at_hand(name: str, path: Path) -> dict[str, Any]:
+    recipe, card = read_card(path)
+    window = {} if recipe.steppable else {"window_s": recipe.window_s, "stride_s": recipe.window_stride_s}
+    return {
+        "name": name,
+        "recipe": recipe.name,
+        "mode": _mode(recipe),
+        **window,
+        "backbone": recipe.backbone,
+        "frames": recipe.frames,
+        "input_px": recipe.preprocess.input_px,
+        "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3),
+        "labels": list(recipe.labels),
+        "file": str(path),
+        "card": card,
+    }
+
+
+@contextmanager
+def _bytes_bar(name: str) -> Iterator[Any]:
+    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+
+        def on_progress(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_progress
+
+
+def _tell(as_json: bool, facts: Mapping[str, Any], line: str) -> None:
+    typer.echo(json.dumps(facts) if as_json else line)
