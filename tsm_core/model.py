@@ -95,7 +95,7 @@ class TSM(nn.Module):
         frames (N, 3, H, W), normalised, H = W = input_px. times_s is not needed. Raises NotSteppable, ShapeError,
         SlotError. Needs eval mode: in training, batch norm would mix the streams.
         """
-        self._check_steppable()
+        self.check_steppable()
         if self.training:
             raise RuntimeError("step() needs eval mode: in training, batch norm mixes the streams; call model.eval()")
         if frames.ndim != 4 or frames.shape[0] != len(slots) or tuple(frames.shape[1:]) != self._frame_shape:
@@ -111,7 +111,7 @@ class TSM(nn.Module):
         self, slots: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> Arena:
         """Room for the shift states of so many streams, on the model's device unless told otherwise."""
-        self._check_steppable()
+        self.check_steppable()
         spec = state_spec(self.net, self.input_px)
         return Arena(spec, slots, dtype, self.device if device is None else device, self.recipe.start)
 
@@ -119,11 +119,8 @@ class TSM(nn.Module):
         """(k, L) of the slot's latest result: earlier frames behind it, up to the L that can matter."""
         return min(max(arena.steps(slot) - 1, 0), self.memory_frames), self.memory_frames
 
-    @property
-    def _frame_shape(self) -> tuple[int, int, int]:
-        return 3, self.input_px, self.input_px
-
-    def _check_steppable(self) -> None:
+    def check_steppable(self) -> None:
+        """Raises NotSteppable, with the reason, when a frame needs more than its past."""
         recipe = self.recipe
         if recipe.steppable:
             return
@@ -135,6 +132,10 @@ class TSM(nn.Module):
         why = [text for text, holds in facts.items() if holds]
         way_out = "its _uni twin or mode=window" if why == ["shifts both ways"] else "mode=window"
         raise NotSteppable(f"{recipe.name} {' and '.join(why)} and cannot be stepped; use {way_out}")
+
+    @property
+    def _frame_shape(self) -> tuple[int, int, int]:
+        return 3, self.input_px, self.input_px
 
 
 class WindowTSM(nn.Module):
