@@ -1,0 +1,100 @@
+"""Ray on this machine, reachable from nowhere else, or of a cluster that is there: the one way it is started."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tsm_core.errors import WorldError
+
+# Read by ray as it is imported, so they stand before it. Without RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 a single machine's
+# Ray takes the address of its network card and listens to the world; with it, it knows only loopback.
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_worker_niceness": "0",  # live pictures do not wait for whatever else the machine computes
+}
+LEAST_CPUS = 4  # Ray counts CPUs to place actors; ours share what there is
+OBJECT_STORE_BYTES = 100 << 20  # nothing large travels through Ray
+LONGEST_TEMP_PATH = 40  # a Unix socket's whole path holds 107 characters
+
+
+class RayNotStarted(WorldError):
+    """Ray does not come up on this machine, or no cluster answers."""
+
+    reason = "ray_not_started"
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None = None, *, cpus: int = LEAST_CPUS, gpus: int | None = None) -> Iterator[Any]:
+    """The ray module, connected; what was started or joined here is left behind it.
+
+    address: `auto` or that of a cluster to join (None: what RAY_ADDRESS says, else `local`); `local` starts Ray on this
+    machine, with so many CPUs at least and GPUs (None: all there are). Inside a program that is connected already,
+    that connection serves. Raises RayNotStarted.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    for name, value in ENVIRONMENT.items():
+        if address == "local":
+            os.environ[name] = value
+        elif name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
+            os.environ.setdefault(name, value)  # the rest is the cluster's business
+    ray: Any = importlib.import_module("ray")
+    if ray.is_initialized():
+        yield ray
+        return
+    with contextlib.ExitStack() as stack:
+        stack.callback(ray.shutdown)  # before the start: one that fails half-way is ended too
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address == "local":
+            folder = Path(tempfile.mkdtemp(prefix="tsm-", dir=_temp_folder()))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(ray.shutdown)
+            quiet |= {
+                "num_cpus": max(cpus, LEAST_CPUS, os.cpu_count() or 1),
+                "num_gpus": gpus,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "include_dashboard": False,
+                "_temp_dir": str(folder),
+                "_node_ip_address": "127.0.0.1",
+            }
+        with own_signals():
+            try:
+                ray.init(address=address, **quiet)
+            except Exception:  # noqa: BLE001  ray waits 30 s for its parts; a loaded machine may exceed that once
+                ray.shutdown()
+                try:
+                    ray.init(address=address, **quiet)
+                except Exception as error:  # noqa: BLE001  ray raises the bare class when a part does not come up
+                    raise RayNotStarted(f"Ray ({address}) cannot be used: {str(error).strip()[-600:]}") from None
+        yield ray
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Ray puts handlers of its own on SIGTERM and others, which end the process without a stop: ours come back."""
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():
+                signal.signal(number, handler)
+
+
+def _temp_folder() -> str:
+    """A folder whose path is short enough for Ray's sockets."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= LONGEST_TEMP_PATH else "/tmp"  # noqa: S108
