@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from tqdm import tqdm
 
+from pipelines.datasets import DATASETS, Kind, Part
 from services.settings import Settings, load_settings
 from services.tables import print_table
 from tsm_core.checkpoints import import_checkpoint, load_backbone, load_model, read_card, save_model
@@ -22,8 +23,18 @@ from tsm_core.zoo import available_models, find_model
 
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes: all that names and reproduces a model.")
 models_app = typer.Typer(no_args_is_help=True, help="Models at hand; public and foreign weights.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Data sets: lists from official annotations, and whether all is there."
+)
+
+EXAMPLES = 10
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="kinetics400, sthv1, sthv2, jester, ...")]
+DataRoot = Annotated[Path, typer.Option("--data", help="folder that holds the data set's folder")]
+Split = Annotated[int | None, typer.Option("--split", help="one split of several; default: all")]
+DataKind = Annotated[Kind | None, typer.Option("--kind", help="rawframes or videos; default: both that there are")]
+DataPart = Annotated[Part | None, typer.Option("--part", help="train or val; default: both")]
 ModelName = Annotated[str, typer.Argument(metavar="NAME", help="name of the model")]
 
 
@@ -253,6 +264,130 @@ def export_model(
     what: Literal["step", "clip"] = "step" if step else "clip"
     write(model, out, formats[out.suffix], what)
     _tell(as_json, {"name": name, "what": what, "file": str(out)}, f"{name} ({what}): {out}")
+
+
+# data sets
+
+
+@data_app.command("list")
+def list_datasets(as_json: Json = False) -> None:
+    """The data sets, and where to get them."""
+    if as_json:
+        typer.echo(json.dumps([{**asdict(row), "classes": len(row.labels)} for row in DATASETS.values()]))
+        return
+    rows: list[tuple[str, ...]] = [("NAME", "TITLE", "CLASSES", "AS", "SPLITS", "FROM")]
+    for row in DATASETS.values():
+        kinds = " or ".join(row.kinds)
+        rows.append((row.name, row.title, str(len(row.labels)), kinds, str(row.splits), row.source))
+    print_table(rows)
+
+
+@data_app.command("prepare")
+def prepare_dataset(
+    dataset: DatasetName, data: DataRoot, split: Split = None, kind: DataKind = None, as_json: Json = False
+) -> None:
+    """Turn a data set's official annotations into lists of videos, and say which of those are absent."""
+    from pipelines.prepare import prepare
+
+    with _items_bar(f"prepare {dataset}", "video") as on_progress:
+        report = prepare(dataset, data, split=split, kind=kind, on_progress=on_progress)
+    if as_json:
+        absent = {each.path.name: dict(each.absent) for each in report.lists}
+        typer.echo(json.dumps({"lists": report.rows(), "notes": report.notes, "absent": absent}))
+        return
+    _print_rows(report.rows())
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    for each in report.lists:
+        for place, why in each.absent[:EXAMPLES]:
+            typer.echo(f"absent from {each.path.name}: {place}: {why}")
+        if len(each.absent) > EXAMPLES:
+            typer.echo(f"... and {len(each.absent) - EXAMPLES} more (--json names all)")
+
+
+@data_app.command("check")
+def check_dataset(
+    dataset: DatasetName,
+    data: DataRoot,
+    split: Split = None,
+    kind: DataKind = None,
+    part: DataPart = None,
+    frames: Annotated[int, typer.Option(help="fewer frames than this are too short")] = 8,
+    full: Annotated[bool, typer.Option("--full", help="decode every frame, not the first alone")] = False,
+    workers: Annotated[int | None, typer.Option(help="threads; default: one a core")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at every listed video: missing, unreadable, too short, miscounted; exit code 1 for an unusable one."""
+    from pipelines.prepare import check
+
+    with _items_bar(f"check {dataset}", "video") as on_progress:
+        report = check(
+            dataset,
+            data,
+            split=split,
+            kind=kind,
+            part=part,
+            frames=frames,
+            full=full,
+            examples=EXAMPLES,
+            workers=workers,
+            on_progress=on_progress,
+        )
+    found = [asdict(finding) for each in report.lists for finding in each.findings]
+    if as_json:
+        typer.echo(json.dumps({"fine": report.fine, "lists": report.rows(), "examples": found}))
+    else:
+        _print_rows(report.rows())
+        for finding in found:
+            typer.echo(f"{finding['fault']}: {finding['path']}: {finding['detail']}")
+    if not report.fine:
+        raise typer.Exit(1)
+
+
+@data_app.command("extract")
+def extract_frames(
+    dataset: DatasetName,
+    data: DataRoot,
+    recipe_name: Annotated[
+        str | None, typer.Option("--recipe", help="in the size that this recipe was trained on")
+    ] = None,
+    size: Annotated[str, typer.Option(help="340x256, 'short-side 256' or 'height 256'; default: as it is")] = "",
+    part: DataPart = None,
+    workers: Annotated[int | None, typer.Option(help="videos at a time; default: one a core")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a data set's video files into folders of JPEGs; what is there already is kept."""
+    from pipelines.prepare import extract
+
+    stored = find_recipe(recipe_name).stored if recipe_name else size
+    with _items_bar(f"extract {dataset}", "video") as on_progress:
+        report = extract(dataset, data, stored=stored, part=part, workers=workers, on_progress=on_progress)
+    line = f"{report.extracted} extracted, {report.kept} kept, {len(report.failed)} failed"
+    _tell(as_json, asdict(report), line)
+    if not as_json:
+        for path, why in report.failed:
+            typer.echo(f"failed: {path}: {why}")
+    if report.failed:
+        raise typer.Exit(1)
+
+
+# helpers
+
+
+def _print_rows(rows: Sequence[Mapping[str, str | int]]) -> None:
+    names = list(rows[0]) if rows else ["list"]
+    print_table([[name.upper() for name in names], *([str(row[name]) for name in names] for row in rows)])
+
+
+@contextmanager
+def _items_bar(what: str, unit: str) -> Iterator[Any]:
+    with tqdm(desc=what, unit=unit, leave=False) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_progress
 
 
 def _at_hand(name: str, path: Path) -> dict[str, Any]:

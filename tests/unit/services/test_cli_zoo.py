@@ -7,7 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from pipelines.datasets import DATASETS
 from services.cli import app
+from tests.assets.make import make_miniature
 from tsm_core.checkpoints import load_model, read_card
 from tsm_core.model import build
 from tsm_core.recipes import PAGE_ROWS, RECIPES, find_recipe
@@ -147,6 +149,36 @@ def test_an_export_says_which_format(tmp_path: Path):
     refused = tsm("models", "export", "motion9", "--out", str(tmp_path / "motion9.bin"))
     assert refused.exit_code == 2
     assert "must end in .onnx or .pt2" in refused.stderr
+
+
+def test_a_data_set_is_listed_and_checked(tmp_path: Path):
+    make_miniature("jester", tmp_path, broken=True)
+    assert {row["name"] for row in said("data", "list")} == set(DATASETS)
+    prepared = said("data", "prepare", "jester", "--data", str(tmp_path))
+    assert [row["list"] for row in prepared["lists"]] == [
+        "jester_train_list_rawframes.txt",
+        "jester_val_list_rawframes.txt",
+    ]
+    assert any(prepared["absent"].values())
+    table = tsm("data", "prepare", "jester", "--data", str(tmp_path)).stdout
+    assert "ABSENT" in table
+    assert "absent from jester_" in table
+    checked = tsm("data", "check", "jester", "--data", str(tmp_path), "--full")
+    assert checked.exit_code == 1
+    assert "UNREADABLE" in checked.stdout
+    assert "unreadable: " in checked.stdout
+    assert (
+        json.loads(tsm("data", "check", "jester", "--data", str(tmp_path), "--full", "--json").stdout)["fine"] is False
+    )
+    for arguments, reason in (
+        (("prepare", "k600"), "unknown_dataset"),
+        (("prepare", "ucf101"), "no_annotations"),
+        (("check", "ucf101"), "no_list"),
+        (("extract", "jester"), "no_videos"),
+    ):
+        refused = tsm("data", *arguments, "--data", str(tmp_path))
+        assert refused.exit_code == 2, arguments
+        assert f"(reason: {reason})" in refused.stderr
 
 
 def test_a_stream_option_needs_its_model():
