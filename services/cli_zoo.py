@@ -381,7 +381,7 @@ def _print_rows(rows: Sequence[Mapping[str, str | int]]) -> None:
 
 @contextmanager
 def _items_bar(what: str, unit: str) -> Iterator[Any]:
-    with tqdm(desc=what, unit=unit, leave=False) as bar:
+    with tqdm(desc=what, unit=unit, leave=False, delay=0.3) as bar:
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total
@@ -410,7 +410,7 @@ def _at_hand(name: str, path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _bytes_bar(name: str) -> Iterator[Any]:
-    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=0.3) as bar:
 
         def on_progress(done: int, total: int | None) -> None:
             bar.total = total

@@ -172,7 +172,7 @@ def test_a_data_set_is_listed_and_checked(tmp_path: Path):
     )
     for arguments, reason in (
         (("prepare", "k600"), "unknown_dataset"),
-        (("prepare", "ucf101"), "no_annotations"),
+        (("prepare", "ucf101"), "no_videos"),
         (("check", "ucf101"), "no_list"),
         (("extract", "jester"), "no_videos"),
     ):
