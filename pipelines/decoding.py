@@ -100,7 +100,13 @@ class FolderReader:
                 return _picture(np.array(image if image.mode == "RGB" else image.convert("RGB")))
         except FileNotFoundError:
             raise UnreadableVideo(f"{path} is missing") from None
-        except (OSError, ValueError, SyntaxError) as error:
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
             raise UnreadableVideo(f"{path} is no whole JPEG: {error}") from None
 
     def close(self) -> None:

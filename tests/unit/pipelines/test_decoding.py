@@ -361,7 +361,7 @@ def test_broken_folders(folder, tmp_path):
     with pytest.raises(UnreadableVideo, match=r"img_00003.jpg is missing"):
         len(reader)
     with pytest.raises(UnreadableVideo, match=r"img_00003.jpg is missing"):
-        reader.frames([0, 2])
+        reader.frames([3, 2])
     with pytest.raises(UnreadableVideo, match=r"img_00006.jpg is missing"):
         reader.frames([5])
     assert len(reader.frames([3])) == 1
@@ -369,6 +369,10 @@ def test_broken_folders(folder, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-300])
     (tmp_path / "img_00004.jpg").write_text("text")
     (tmp_path / "img_00005.jpg").write_bytes(b"")
-    for index in (1, 3, 4):
+    huge = bytearray((folder / "img_00001.jpg").read_bytes())
+    at = huge.find(b"\xff\xc0") + 5  # height and width
+    huge[at : at + 4] = b"\xff\xf0\xff\xf0"
+    (tmp_path / "img_00001.jpg").write_bytes(huge)
+    for index in (0, 1, 3, 4):
         with pytest.raises(UnreadableVideo, match=rf"img_0000{index + 1}.jpg is no whole JPEG"):
             reader.frames([index])
