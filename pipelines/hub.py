@@ -14,10 +14,22 @@ import httpx
 
 from tsm_core.checkpoints import ModelFileError, import_checkpoint, read_card, save_model
 from tsm_core.errors import CallerError, WorldError
-from tsm_core.recipes import Recipe, find_recipe
+from tsm_core.recipes import Checkpoint, Recipe, find_recipe
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known
 
+# ImageNet weights that the page's rows were begun with, by backbone: torchvision's first, and mmcls's.
+IMAGENET = {
+    "resnet50": Checkpoint("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
+    "resnet101": Checkpoint("https://download.pytorch.org/models/resnet101-63fe2227.pth", "63fe2227"),
+    "mobilenet_v2": Checkpoint(
+        "https://download.openmmlab.com/mmclassification/v0/mobilenet_v2/"
+        "mobilenet_v2_batch256_imagenet_20200708-3b2dc3af.pth",
+        "3b2dc3af",
+    ),
+}
+
+CHECKPOINTS = "checkpoints"  # folder of the files as they were published, in the folder of models
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 BACKOFF_S = (0.5, 1.0, 2.0)  # between tries that brought nothing new
@@ -47,7 +59,14 @@ class _BrokenOff(Exception):
 
 
 def pull(name: str, models_dir: Path | str, on_progress: Progress | None = None) -> Path:
-    """`pull_model` of the recipe of this name. Raises UnknownRecipe."""
+    """`pull_model` of the recipe of this name; of a backbone's name the file of its ImageNet weights, for training.
+
+    Raises UnknownRecipe, and what pull_model raises.
+    """
+    if name in IMAGENET:
+        weights = IMAGENET[name]
+        folder = Path(models_dir) / CHECKPOINTS
+        return fetch(weights.url, folder, weights.sha256, on_progress, again=f"tsm models pull {name}")
     return pull_model(find_recipe(name), models_dir, on_progress)
 
 
@@ -68,7 +87,7 @@ def pull_model(recipe: Recipe, models_dir: Path | str, on_progress: Progress | N
     if _made_from(target, recipe):
         return target
     again = f"tsm models pull {recipe.name}"
-    file = fetch(published.url, models / "checkpoints", published.sha256, on_progress, again=again)
+    file = fetch(published.url, models / CHECKPOINTS, published.sha256, on_progress, again=again)
     model = import_checkpoint(file, recipe)
     checked = f"sha256 begins with {published.sha256}" if published.sha256 else "no hash is published"
     model.source |= {"url": published.url, "checked": checked}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 from pipelines import hub
 from pipelines.hub import BadAddress, DownloadFailed, NothingPublished, fetch, pull, pull_model
@@ -266,6 +267,19 @@ def test_pulling_what_does_not_fit_leaves_no_model(host: Host, tmp_path: Path) -
     with pytest.raises(ModelFileError, match="holds no network known here"):
         pull_model(recipe, tmp_path / "models")
     assert names(tmp_path / "models") == ["checkpoints"]
+
+
+def test_weights_to_begin_with_are_kept_as_they_came(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for weights in hub.IMAGENET.values():
+        assert weights.url.startswith("https://")
+        assert weights.url.endswith(f"-{weights.sha256}.pth")
+    for name, backbone in (("ResNet50", "resnet50"), ("ResNet101", "resnet101")):
+        assert getattr(torchvision.models, f"{name}_Weights").IMAGENET1K_V1.url == hub.IMAGENET[backbone].url
+    monkeypatch.setitem(hub.IMAGENET, "resnet50", Checkpoint(host.url, SHA256[:8]))
+    assert pull("resnet50", tmp_path) == tmp_path / "checkpoints" / "weights.pth"
+    assert (tmp_path / "checkpoints" / "weights.pth").read_bytes() == BODY
 
 
 def test_what_cannot_be_pulled_by_name(tmp_path: Path) -> None:
