@@ -14,6 +14,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,21 +333,19 @@ class _Idle:
         pass
 
 
-# What training programs leave beside the weights: scores, histories, configurations, times.
+# What training programs leave beside the weights: scores, histories, options, times.
 IDLE = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     "numpy.ndarray",
     "numpy.dtype",
     *(f"numpy.dtypes.{name}DType" for name in ("Float16", "Float32", "Float64", "Int32", "Int64", "UInt8", "Bool")),
     "mmengine.logging.history_buffer.HistoryBuffer",
-    "mmengine.config.config.ConfigDict",
-    "mmcv.utils.config.ConfigDict",
-    "addict.addict.Dict",
+    "builtins.getattr",  # how a HistoryBuffer names its methods
     "argparse.Namespace",
     "datetime.datetime",
     "pathlib.PosixPath",
-    "builtins.getattr",  # how HistoryBuffer names its methods
 )
+DICTS = ("mmengine.config.config.ConfigDict", "mmcv.utils.config.ConfigDict", "addict.addict.Dict")
 
 
 def _read_foreign(path: Path) -> _Foreign:
@@ -376,7 +375,7 @@ def _read_foreign(path: Path) -> _Foreign:
 
 def _unpickled(path: Path, head: bytes, size: int) -> Any:
     """What torch.save put into the file, or ModelFileError; nothing in it is run."""
-    stand_ins = [(_Idle, name) for name in IDLE]
+    stand_ins = [*((_Idle, name) for name in IDLE), *((OrderedDict, name) for name in DICTS)]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
             warnings.simplefilter("ignore")
@@ -423,7 +422,7 @@ def _globals_in(path: Path, head: bytes) -> list[str]:
                 texts.append(value)
     except (ValueError, zipfile.BadZipFile):
         pass
-    return [name for name in names if name not in IDLE and not name.startswith(("torch.", "collections."))]
+    return [name for name in names if name not in (*IDLE, *DICTS) and not name.startswith(("torch.", "collections."))]
 
 
 def _tensors_of(path: Path, weights: Any) -> dict[str, Tensor]:
@@ -448,4 +447,4 @@ def _tensors_of(path: Path, weights: Any) -> dict[str, Tensor]:
 
 def _config_of(meta: Any) -> str:
     values = [meta.get("config"), meta.get("cfg")] if isinstance(meta, Mapping) else []
-    return "\n".join(value for value in values if isinstance(value, str))
+    return "\n".join(str(value) for value in values if value)

@@ -1,3 +1,4 @@
+import argparse
 import os
 import pickle
 import re
@@ -509,12 +510,18 @@ def test_records_of_training_beside_the_weights_are_idle(small, tmp_path, monkey
     monkeypatch.setattr(HistoryBuffer, "__module__", module.__name__)
     monkeypatch.setattr(HistoryBuffer.mean, "__module__", module.__name__)
     module.HistoryBuffer = HistoryBuffer
+    config = types.ModuleType("mmengine.config.config")
+    config.ConfigDict = type("ConfigDict", (dict,), {"__module__": config.__name__})
     for name in ("mmengine", "mmengine.logging", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
+    for name in ("mmengine.config", config.__name__):
+        monkeypatch.setitem(sys.modules, name, config)
     meta = {
         "config": "model = dict()",
         "CLASSES": None,
         "hook_msgs": {"best_score": np.float64(0.7), "best_index": np.int64(3), "path": os.path.join("a", "b")},
+        "cfg": config.ConfigDict(model=config.ConfigDict(type="Recognizer2D")),
+        "options": argparse.Namespace(lr=0.01),
         "message_hub": {"log_scalars": {"loss": HistoryBuffer()}},
     }
     path = tmp_path / "file.pth"
