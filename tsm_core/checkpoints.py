@@ -172,9 +172,10 @@ def _check_network(file: Path, foreign: _Foreign, found: Translated, recipe: Rec
             f"{file} has no classifier: it is a backbone, to begin training with (load_backbone)",
             reason="no_classifier",
         )
-    if classifier.shape[0] != len(recipe.labels):
+    classes = classifier.shape[0] if classifier.ndim else 0
+    if classes != len(recipe.labels):
         raise ModelFileError(
-            f"{file} has {classifier.shape[0]} classes, {name} has {len(recipe.labels)}; use a recipe of its data set, "
+            f"{file} has {classes} classes, {name} has {len(recipe.labels)}; use a recipe of its data set, "
             "or begin training with its backbone",
             reason="other_classes",
         )
@@ -185,10 +186,13 @@ def _check_network(file: Path, foreign: _Foreign, found: Translated, recipe: Rec
             f"use a recipe with non_local={kind[0]}",
             reason="other_non_local",
         )
-    if found.layout != "torchvision" and (found.pooled == ("layer2",)) != recipe.temporal_pool:
-        of_file = f"pools over time before {_some(found.pooled)}" if found.pooled else "does not pool over time"
-        of_recipe = "pools before layer2" if recipe.temporal_pool else "does not"
-        raise ModelFileError(f"{file} {of_file}, {name} {of_recipe}", reason="other_temporal_pool")
+    pooled = ("layer2",) if recipe.temporal_pool else ()
+    if found.pooled != pooled and (found.pooled or found.layout != "torchvision"):
+        of_file, of_recipe = (f"before {_some(which)}" if which else "nowhere" for which in (found.pooled, pooled))
+        raise ModelFileError(
+            f"{file} pools over time {of_file}, {name} {of_recipe}; use a recipe whose temporal_pool is the file's",
+            reason="other_temporal_pool",
+        )
 
 
 def _non_local_kind(foreign: _Foreign, found: Translated) -> tuple[str | None, ...]:

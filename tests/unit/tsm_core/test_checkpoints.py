@@ -285,6 +285,12 @@ def test_what_does_not_fit_is_said_in_words(model_of, recipe_of, small, tmp_path
         (whole, bi, "other_shift", "shifts whole blocks (layer1.0, layer2.0, layer2.1 and 4 more; shift_place=block)"),
         (as_mit(model_of("resnet_small", "bi", temporal_pool=True)), bi, "other_temporal_pool", "time before layer2"),
         (
+            renamed(weights, (r"layer3\.", "layer3.net.")),
+            bi,
+            "other_temporal_pool",
+            "before layer3, tsm_resnet_small n",
+        ),
+        (
             weights,
             recipe_of("resnet_small", "bi", temporal_pool=True),
             "other_temporal_pool",
