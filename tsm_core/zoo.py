@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tsm_core.errors import CallerError
+from tsm_core.recipes import RECIPES
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -32,5 +33,10 @@ def find_model(name: str, path: Path | str | None = None, extra_dirs: Iterable[P
         return Path(path)
     models = available_models(extra_dirs)
     if name not in models:
-        raise UnknownModel(f"model {name!r} does not exist; there are {', '.join(sorted(models)) or 'none'}")
+        have = f"there are {', '.join(sorted(models)) or 'none'}"
+        row = RECIPES.get(name)
+        way = f"tsm models import FILE --recipe {name}" if row else ""
+        if row and row.checkpoint:
+            way = f"tsm models pull {name} fetches it, {way} takes a file of yours"
+        raise UnknownModel(f"model {name!r} does not exist here; {have}{f'. {way}' if way else ''}")
     return models[name]

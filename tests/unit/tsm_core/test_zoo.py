@@ -18,8 +18,14 @@ def test_models_are_found_by_name_and_yours_go_first(model_of, tmp_path):
 
 def test_unknown_model_lists_what_exists(model_of, tmp_path):
     save_model(tmp_path / "door.safetensors", model_of("resnet_small"))
-    with pytest.raises(UnknownModel, match=r"'gate' does not exist; there are .*door") as caught:
+    with pytest.raises(UnknownModel, match=r"'gate' does not exist here; there are .*door") as caught:
         find_model("gate", extra_dirs=[tmp_path])
     assert caught.value.reason == "unknown_model"
     with pytest.raises(UnknownModel, match=r"gate\.safetensors does not exist"):
         find_model("door", path=tmp_path / "gate.safetensors")
+    for name, way in (
+        ("mobilenetv2_jester_online", "tsm models pull mobilenetv2_jester_online fetches it, tsm models import FILE"),
+        ("tsm_r50_1x1x8_50e_jester_rgb_uni", "tsm models import FILE --recipe tsm_r50_1x1x8_50e_jester_rgb_uni"),
+    ):
+        with pytest.raises(UnknownModel, match=way):
+            find_model(name, extra_dirs=[tmp_path])
