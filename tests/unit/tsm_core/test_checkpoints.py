@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_said_in_words(model_of, recipe_of, small, tmp_path
             weights,
             recipe_of("resnet_small", "bi", temporal_pool=True),
             "other_temporal_pool",
-            "does not pool over time",
+            "pools over time nowhere, tsm_resnet_small before layer2",
         ),
         (short, bi, "bad_model_file", "missing layer2.1.bn2.weight, layer2.1.bn2.bias"),
         ({**weights, "backbone.more.weight": torch.zeros(1)}, bi, "bad_model_file", "unknown backbone.more.weight"),
