@@ -220,7 +220,8 @@ def pull_model(
 
     with _bytes_bar(name) as on_progress:
         path = pull(name, load_settings().models.folder, on_progress)
-    _tell(as_json, {"name": name, "file": str(path)}, f"{name}: {path}")
+    checked = "" if name not in RECIPES else read_card(path)[1].get("source", {}).get("checked", "")
+    _tell(as_json, {"name": name, "file": str(path), "checked": checked}, f"{name}: {path} {checked}".rstrip())
 
 
 @models_app.command("import")
@@ -242,8 +243,11 @@ def import_model(
         load_backbone(model, file)
         save_model(target, model, {"note": f"backbone of {file.name}; the classifier is untrained"})
     else:
-        save_model(target, import_checkpoint(file, recipe))
-    _tell(as_json, {"name": target.stem, "recipe": recipe.name, "file": str(target)}, f"{target.stem}: {target}")
+        model = import_checkpoint(file, recipe)
+        save_model(target, model)
+    note = model.source.get("note")
+    facts = {"name": target.stem, "recipe": recipe.name, "file": str(target), **({"note": note} if note else {})}
+    _tell(as_json, facts, f"{target.stem}: {target}" + (f"\nnote: {note}" if note else ""))
 
 
 @models_app.command("export")

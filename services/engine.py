@@ -19,6 +19,7 @@ import torch
 from pipelines.sources import Source
 from services.batcher import Batcher, Row
 from services.frame_queue import FrameQueue
+from services.lanes import Clip, ClipLane
 from services.previews import Previews
 from services.schemas import Lease, ReplicaInfo, StreamSpec
 from services.session import ModelNotLoaded, OpenSource, Served, Session
@@ -27,7 +28,7 @@ from services.sinks import Outlet, Publisher
 from services.snapshots import Snapshot, encode_snapshot
 from services.store import StaleLease, StateStore
 from services.telemetry import EngineFigures, Telemetry
-from tsm_core.arena import ArenaFull
+from tsm_core.arena import ArenaFull, Slot, WindowArena
 from tsm_core.checkpoints import load_model
 from tsm_core.errors import TSMError, WorldError
 from tsm_core.model import TSM, WindowTSM
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 0.25
 METRICS_S = 2.0
 STUCK_S = 5.0
+CLIP_STUCK_S = 60.0
 TAKE_S = 0.2  # how often an idle loop shows that it lives
 
 
@@ -87,8 +89,9 @@ def pick_device(wanted: str) -> str:
 class Engine:
     """Serves the streams whose leases name this replica.
 
-    Its threads: the batching loop; control (leases to sessions); heartbeat; publisher; keeper (snapshots, metrics);
-    previews. The store may be down at any time: frames go on through the models, writes wait or are counted.
+    Its threads: the batching loop; a lane for each model in window mode; control (leases to sessions); heartbeat;
+    publisher; keeper (snapshots, metrics); previews. The store may be down at any time: frames go on through the
+    models, writes wait or are counted.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Engine:
         self.publisher = Publisher(store)
         self.telemetry = Telemetry(self.figures)
         self.served: dict[str, Served] = {}
+        self._lanes: dict[str, ClipLane] = {}
         self._models = models
         self._open_source = open_source
         self._previews = Previews(store, lambda: list(self.sessions.values()), settings.preview)
@@ -139,8 +143,12 @@ class Engine:
         self.served = {name: Served(name, model, slots) for name, model in models.items()}
         for served in self.served.values():
             served.warm_up()
+        for served in self.served.values():
+            if served.model.mode == "window":
+                self._lanes[served.name] = self._lane(served)
         self.publisher.start()
         for name, work in (
+            *((f"clips-{name}", lane.run) for name, lane in self._lanes.items()),
             ("batching", self._batch_loop),
             ("heartbeat", self._heartbeat_loop),
             ("control", self._control_loop),
@@ -177,6 +185,8 @@ class Engine:
         self._stopping.set()
         self._silent.set()
         self.batcher.close()
+        for lane in self._lanes.values():
+            lane.close()
         for session in list(self.sessions.values()):
             self._close(session, "moved")
         for thread in self._threads:
@@ -198,6 +208,9 @@ class Engine:
         idle_s = time.monotonic() - max(self._progress_s, since_s if since_s is not None else math.inf)
         if idle_s > STUCK_S:
             raise EngineUnhealthy(f"the batching loop of {self.id} made no progress for {idle_s:.1f} s")
+        for name, lane in self._lanes.items():
+            if lane.busy_s > CLIP_STUCK_S:
+                raise EngineUnhealthy(f"a clip of {name} on {self.id} takes more than {CLIP_STUCK_S:g} s")
 
     # ---- the road of a frame
 
@@ -235,21 +248,29 @@ class Engine:
         ready = [(session, row) for session, row in group if self._follow(served, session, row)]
         if not ready:
             return
+        if isinstance(served.arena, WindowArena):
+            self._enter(served, served.arena, ready)
+            return
         try:
             logits = self._infer(served, ready)
         except Exception as error:  # noqa: BLE001  whose fault it is, is found out below
             logits = self._one_by_one(served, ready, error)
         began_s = time.monotonic()
         for (session, row), values in zip(ready, logits, strict=True):
-            if values is None:
-                continue
-            try:
-                result = session.update(served.name, values, row.frame)
-            except Exception as error:  # noqa: BLE001  one stream's analytics must not hurt the others
-                self._fail(session, "ANALYTICS_FAILED", error)
-                continue
-            self._outlets[session].emit(result.events, result.scores, row.waiting.arrived_s)
+            if values is not None:
+                self._tell(served, session, row, values)
         self.telemetry.stage("track", (time.monotonic() - began_s) / len(ready))
+
+    def _tell(
+        self, served: Served, session: Session, row: Row, values: list[float], warmup: tuple[int, int] | None = None
+    ) -> None:
+        """Scores become events, both go out."""
+        try:
+            result = session.update(served.name, values, row.frame, warmup)
+        except Exception as error:  # noqa: BLE001  one stream's analytics must not hurt the others
+            self._fail(session, "ANALYTICS_FAILED", error)
+        else:
+            self._outlets[session].emit(result.events, result.scores, row.waiting.arrived_s)
 
     def _follow(self, served: Served, session: Session, row: Row) -> bool:
         try:
@@ -269,6 +290,61 @@ class Engine:
         self.telemetry.stage("infer", time.monotonic() - ready_s)
         self.telemetry.step(served.name, len(ready))
         return list(logits)
+
+    # ---- window mode: frames enter rings here, clips go through the model in a lane of their own
+
+    def _lane(self, served: Served) -> ClipLane:
+        most = max(1, self.settings.engine.max_batch // served.frames_per_result) if self.device != "cpu" else 1
+        return ClipLane(
+            served,
+            most,
+            lambda clips, rows: self._deliver(served, clips, rows),
+            lambda clip, error: self._clip_failed(clip, error),
+        )
+
+    def _enter(self, served: Served, arena: WindowArena, ready: Sequence[tuple[Session, Row]]) -> None:
+        """Let the frames that are due enter their rings, and send the clips that are due on their way."""
+        slots = [session.analytics[served.name].slot for session, _ in ready]
+        entering, due = arena.plan(slots, [row.frame.time_s for _, row in ready])
+        if entering:
+            self._put(served, arena, [(slots[position], *ready[position]) for position in entering])
+        for position in due:
+            (session, row), slot = ready[position], slots[position]
+            if session.frozen:
+                continue
+            session.in_flight += 1
+            warmup = served.model.warmup(arena, slot)  # type: ignore[arg-type]
+            self._lanes[served.name].submit(Clip(session, row, slot, arena.clips([slot]), warmup))
+
+    def _put(self, served: Served, arena: WindowArena, entering: Sequence[tuple[Slot, Session, Row]]) -> None:
+        began_s = time.monotonic()
+        try:
+            pixels = served.model.preprocess([row.frame.image for _, _, row in entering])
+            arena.put([slot for slot, _, _ in entering], pixels)
+        except Exception as error:  # noqa: BLE001  whose fault it is, is found out one by one
+            if len(entering) == 1:
+                self._fail(entering[0][1], "STEP_FAILED", error)
+            else:
+                for one in entering:
+                    self._put(served, arena, [one])
+            return
+        self.telemetry.stage("preprocess", time.monotonic() - began_s)
+
+    def _deliver(self, served: Served, clips: Sequence[Clip], rows: Sequence[list[float]]) -> None:
+        self.telemetry.step(served.name, len(clips))
+        with self._lock.between():
+            for clip, values in zip(clips, rows, strict=True):
+                session = clip.session
+                session.in_flight -= 1
+                # a stream that is closed, or whose ring began anew meanwhile, has no use for it
+                if not session.frozen and session.analytics[served.name].slot == clip.slot:
+                    self._tell(served, session, clip.row, values, clip.warmup)
+
+    def _clip_failed(self, clip: Clip, error: Exception) -> None:
+        with self._lock.between():
+            clip.session.in_flight -= 1
+            if not clip.session.frozen:
+                self._fail(clip.session, "STEP_FAILED", error)
 
     def _one_by_one(
         self, served: Served, ready: Sequence[tuple[Session, Row]], error: Exception

@@ -153,6 +153,7 @@ class ModelStatus(Wire):
     window_s: float | None = Field(None, description="window mode: seconds of video one result sees")
     stride_s: float | None = Field(None, description="window mode: seconds between two results")
     results: int = Field(0, description="results so far in this session")
+    skipped: int = Field(0, description="window mode: results left out because the replica was behind")
     result_cost_ms: float | None = Field(None, description="compute time of one result: median of the last ones")
 
 

@@ -93,28 +93,32 @@ class Served:
 
     def warm_up(self) -> None:
         """Run one frame through, so that the first camera does not wait for lazy set-up."""
-        slot = self.arena.allocate()
         side_px = self.model.input_px
-        self.step(self.model.preprocess([torch.zeros(3, side_px, side_px, dtype=torch.uint8)]), [slot], [0.0])
+        pixels = self.model.preprocess([torch.zeros(3, side_px, side_px, dtype=torch.uint8)])
+        if isinstance(self.arena, WindowArena):
+            self.infer(pixels.expand(self.recipe.frames, -1, -1, -1)[None])
+            return
+        slot = self.arena.allocate()
+        self.step(pixels, [slot], [0.0])
         self.arena.free(slot)
 
     def step(self, pixels: Tensor, slots: Sequence[Slot], times_s: Sequence[float]) -> list[list[float]]:
-        """One row of logits per slot; NaN where no result is due."""
+        """One row of logits per slot, from one frame each."""
+        return self._timed(lambda: self.model.step(pixels, self.arena, slots, times_s))  # type: ignore[arg-type]
+
+    def infer(self, clips: Tensor) -> list[list[float]]:
+        """One row of logits per clip (N, T, C, H, W), in window mode."""
+        with torch.no_grad():
+            return self._timed(lambda: self.model(clips))
+
+    def _timed(self, work: Callable[[], Tensor]) -> list[list[float]]:
         # other streams' threads are not this model's cost; several threads of its own can only be timed by the wall
         alone = self.arena.device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.thread_time if alone else time.perf_counter
         began_s = clock()
-        logits: Tensor = self.model.step(pixels, self.arena, slots, times_s)  # type: ignore[arg-type]
-        rows: list[list[float]] = logits.float().tolist()
-        results = sum(not_nan(row) for row in rows)
-        if results:
-            self._costs_ms.append(1000 * (clock() - began_s) / results)
+        rows: list[list[float]] = work().float().tolist()
+        self._costs_ms.append(1000 * (clock() - began_s) / len(rows))
         return rows
-
-
-def not_nan(row: Sequence[float]) -> bool:
-    """Whether a row of logits is a result: where window mode has none due, it is NaN."""
-    return row[0] == row[0]
 
 
 def model_version(model: nn.Module) -> str:
@@ -142,6 +146,7 @@ class Analytics:
             off_threshold=options.off_threshold,
         )
         self.results = 0
+        self.skipped = 0
         self.slot = self._allocate()
         self.last_time_s: float | None = None
 
@@ -155,13 +160,13 @@ class Analytics:
         self.smoother.reset()
         return self.detector.close()
 
-    def update(self, row: list[float], frame: Frame) -> tuple[Scores | None, list[ActionEvent]]:
-        """Smoothed scores and what they tell; no scores where window mode had no result due."""
-        if self.served.model.mode == "window" and not not_nan(row):
-            return None, []
+    def update(
+        self, row: list[float], frame: Frame, warmup: tuple[int, int] | None = None
+    ) -> tuple[Scores, list[ActionEvent]]:
+        """Smoothed scores and what they tell. warmup: what the slot said when the result became due."""
         self.results += 1
         values = self.smoother.update(row, frame.time_s)
-        seen, total = self.warmup()
+        seen, total = warmup or self.warmup()
         scores = Scores(self.served.recipe.labels, values, seen, total)
         return scores, self.detector.update(scores, frame.number, frame.pts_s, frame.time_s)
 
@@ -178,6 +183,7 @@ class Analytics:
             window_s=window,
             stride_s=stride,
             results=self.results,
+            skipped=self.skipped,
             result_cost_ms=self.served.result_cost_ms,
         )
 
@@ -252,6 +258,7 @@ class Session:
         self.queue = FrameQueue(max_age_s=settings.engine.max_frame_age_s, max_fps=spec.max_fps)
         self.latest: Frame | None = None
         self.frozen = False
+        self.in_flight = 0  # clips whose result is awaited
         self.saved_s = time.monotonic()  # when the state was saved last, or the session began
         self.saved_number = -1
         self.first_number = 0
@@ -389,15 +396,19 @@ class Session:
         """Events of actions that a gap before this frame ended."""
         return [cloud_event(event) for event in self.analytics[name].follow(frame)]
 
-    def update(self, name: str, row: list[float], frame: Frame) -> Result:
+    def update(self, name: str, row: list[float], frame: Frame, warmup: tuple[int, int] | None = None) -> Result:
         """What one model's logits of one frame tell."""
-        scores, events = self.analytics[name].update(row, frame)
-        records = []
-        if scores is not None:
-            records.append(score_record(self.id, name, frame.number, frame.pts_s, frame.time_s, scores))
-            self._top = (records[0]["label"], records[0]["score"])
-            self._warmup = records[0]["warmup"]
-        return Result(records, [cloud_event(event) for event in events])
+        scores, events = self.analytics[name].update(row, frame, warmup)
+        record = score_record(self.id, name, frame.number, frame.pts_s, frame.time_s, scores)
+        self._top = (record["label"], record["score"])
+        self._warmup = record["warmup"]
+        return Result([record], [cloud_event(event) for event in events])
+
+    def clip_skipped(self, name: str) -> None:
+        """A clip that was due gave way to a newer one."""
+        self.in_flight -= 1
+        if name in self.analytics:
+            self.analytics[name].skipped += 1
 
     def done(self, waiting: Waiting) -> None:
         """The frame went through all models."""
@@ -475,7 +486,8 @@ class Session:
     @property
     def ended(self) -> bool:
         """True when a file is over, its last frame was processed and nobody was told yet."""
-        return self._source_state.state == "ENDED" and self._state != "ENDED" and not self.queue.waiting
+        over = self._source_state.state == "ENDED" and self._state != "ENDED"
+        return over and not self.queue.waiting and not self.in_flight
 
     @property
     def state(self) -> StreamState:

@@ -304,11 +304,22 @@ class WindowArena(_Slotted):
         frames (N, C, H, W), one per slot; times_s, N times. A step back in time, or a gap longer than the window,
         begins a new rhythm but keeps the ring. Raises SlotError, ShapeError.
         """
+        if tuple(frames.shape) != (len(slots), *self.shape):
+            raise ShapeError(f"frames {tuple(frames.shape)} do not fit {len(slots)} rings of {self.shape}")
+        entering, due = self.plan(slots, times_s)
+        if entering:
+            chosen = frames if len(entering) == len(slots) else frames.index_select(0, self._to_device(entering))
+            self.put([slots[position] for position in entering], chosen)
+        return due
+
+    def plan(self, slots: Sequence[Slot], times_s: Sequence[float]) -> tuple[list[int], list[int]]:
+        """Positions in the batch whose frame enters its ring now (`put` them), and those whose result is due then.
+
+        For frames that need work before they can enter. Raises SlotError, ShapeError.
+        """
         rows = self._slots.check(slots)
-        if tuple(frames.shape) != (len(rows), *self.shape) or len(times_s) != len(rows):
-            raise ShapeError(
-                f"{tuple(frames.shape)} and {len(times_s)} times do not fit {len(rows)} rings of {self.shape}"
-            )
+        if len(times_s) != len(rows):
+            raise ShapeError(f"{len(times_s)} times do not fit {len(rows)} rings")
         entering, due = [], []
         for position, (row, time_s) in enumerate(zip(rows, times_s, strict=True)):
             interval_s, stride_s = self._intervals[row]
@@ -318,12 +329,18 @@ class WindowArena(_Slotted):
             is_due, self._next_result[row] = _due(self._next_result[row], time_s, stride_s)
             if is_due:
                 due.append(position)
-        if entering:
-            into = [rows[p] * self.frames + self._slots.steps(slots[p]) % self.frames for p in entering]
-            source = frames if len(entering) == len(rows) else frames.index_select(0, self._to_device(entering))
-            self._ring.index_copy_(0, self._to_device(into), source.to(self._ring.dtype))
-            self._slots.count([rows[p] for p in entering])
-        return due
+        return entering, due
+
+    def put(self, slots: Sequence[Slot], frames: Tensor) -> None:
+        """Let frames (N, C, H, W) enter the rings, one per slot. Raises SlotError, ShapeError."""
+        rows = self._slots.check(slots)
+        if tuple(frames.shape) != (len(rows), *self.shape):
+            raise ShapeError(f"frames {tuple(frames.shape)} do not fit {len(rows)} rings of {self.shape}")
+        into = [
+            row * self.frames + self._slots.steps(slot) % self.frames for row, slot in zip(rows, slots, strict=True)
+        ]
+        self._ring.index_copy_(0, self._to_device(into), frames.to(self._ring.dtype))
+        self._slots.count(rows)
 
     def clips(self, slots: Sequence[Slot]) -> Tensor:
         """Ring contents, oldest frame first: (N, T, C, H, W). A ring not yet full repeats its oldest frame in front."""

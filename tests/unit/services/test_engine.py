@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipelines.sources import SourceState
-from services.engine import EngineUnhealthy, StepLock
+from services.engine import Engine, EngineUnhealthy, StepLock
 from services.schemas import Lease, StreamModel
+from services.settings import ModelSettings
 from services.store import MemoryStore, StoreDown
 from tests.unit.services.engine_kit import (
     MODEL,
@@ -190,7 +191,9 @@ def test_window_mode_gives_a_result_every_stride_and_moves_with_its_ring():
         for n in range(20):
             cameras["door"].feed(picture("door", n), at_s + n / 10)
             wait(lambda n=n: processed(one, "door") == n + 1)
-        wait(lambda: len(store.scores("door")) == 10)
+            wait(
+                lambda n=n: len(store.scores("door")) == n // 2 + 1
+            )  # a clip takes its time, frames do not wait for it
         assert [score["frame_number"] for score in store.scores("door")] == list(range(0, 20, 2))
         assert [score["warmup"] for score in store.scores("door")[:3]] == ["1/4", "3/4", None]
         one.drain()
@@ -199,6 +202,76 @@ def test_window_mode_gives_a_result_every_stride_and_moves_with_its_ring():
         others["door"].feed(picture("door", 20), at_s + 2.0)
         wait(lambda: len(store.scores("door")) == 11)
         assert store.scores("door")[-1]["warmup"] is None
+
+
+def test_a_long_clip_holds_up_no_other_stream():
+    """While a clip computes, frames of a stepped stream go through; when it is over, the newest due clip follows."""
+    torch.manual_seed(0)
+    wide = WindowTSM(build(replace(MOTION9, name="wide", shift="bi", frames=4)).eval()).eval()
+    gate, entered = threading.Event(), threading.Event()
+    forward = wide.model.forward
+
+    def slow(clip):
+        entered.set()
+        assert gate.wait(20)
+        return forward(clip)
+
+    store = MemoryStore()
+    models = {MODEL: small_model(), "wide": wide}
+    config = settings(models=(ModelSettings(name=MODEL), ModelSettings(name="wide")))
+    cameras = Cameras()
+    engine = Engine(config, store, "r1", models, open_source=cameras.open)
+    gate.set()  # for the warm-up
+    engine.start()
+    try:
+        wide.model.forward = slow
+        gate.clear()
+        give(store, engine, spec("steps", models=(StreamModel(name=MODEL),)))
+        give(store, engine, spec("sees", models=(StreamModel(name="wide", window_s=0.4, stride_s=0.1),)))
+        at_s = time.time() - 5
+        cameras["sees"].feed(picture("sees", 0), at_s)
+        assert entered.wait(10)
+        for n in range(1, 6):  # due, every one of them
+            cameras["sees"].feed(picture("sees", n), at_s + n / 10)
+            wait(lambda n=n: processed(engine, "sees") == n + 1)
+        for n in range(10):
+            cameras["steps"].feed(picture("steps", n), at_s + n / 10)
+            wait(lambda n=n: processed(engine, "steps") == n + 1)
+        wait(lambda: len(store.scores("steps")) == 10)
+        assert store.scores("sees") == []
+        assert engine.sessions["sees"].in_flight == 2  # one at work, one that waits
+        gate.set()
+        wait(lambda: len(store.scores("sees")) == 2)
+        assert [score["frame_number"] for score in store.scores("sees")] == [0, 5]  # the newest, not the oldest
+        told = engine.sessions["sees"].status().models[0]
+        assert (told.results, told.skipped, engine.sessions["sees"].in_flight) == (2, 4, 0)
+    finally:
+        gate.set()
+        engine.stop()
+
+
+def test_a_clip_that_throws_fails_its_own_stream_alone():
+    wide = WindowTSM(build(replace(MOTION9, shift="bi", frames=4)).eval()).eval()
+    forward = wide.model.forward
+
+    def picky(clip):
+        if clip.mean() > 1.0:
+            raise ValueError("too bright")
+        return forward(clip)
+
+    store = MemoryStore()
+    with running(store, "r1", wide) as (engine, cameras):
+        wide.model.forward = picky
+        for stream_id in ("fine", "bright"):
+            give(store, engine, spec(stream_id, models=(StreamModel(name=MODEL, window_s=0.4, stride_s=0.1),)))
+        at_s = time.time() - 5
+        cameras["bright"].feed(torch.full((3, 48, 64), 255, dtype=torch.uint8), at_s)
+        wait(lambda: engine.sessions["bright"].failed)
+        cameras["fine"].feed(picture("fine", 0), at_s)
+        wait(lambda: len(store.scores("fine")) == 1)
+        assert "too bright" in engine.sessions["bright"].status().status_message
+        assert not engine.sessions["fine"].failed
+        engine.healthy()
 
 
 def test_a_second_epoch_makes_the_first_owner_stop():
