@@ -27,7 +27,11 @@ def test_places_that_the_two_codebases_name_differently():
 
 @pytest.mark.parametrize(
     ("dataset", "pairs"),
-    [("sthv1", [(2, 4), (30, 41), (52, 66)]), ("sthv2", [(166, 167), (93, 94), (86, 87)]), ("jester", [(0, 1), (6, 7)])],
+    [
+        ("sthv1", [(2, 4), (30, 41), (52, 66)]),
+        ("sthv2", [(166, 167), (93, 94), (86, 87)]),
+        ("jester", [(0, 1), (6, 7)]),
+    ],
 )
 def test_mirrored_classes_differ_by_left_and_right(dataset, pairs):
     names = [name.lower() for name in labels_of(dataset)]
