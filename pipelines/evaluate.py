@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import torch
 
+from pipelines.choice import BadEvaluation, choose_views, find_checkpoint, find_row, find_videos, open_model
+from pipelines.datasets import Kind, Part
 from pipelines.decoding import UnreadableVideo
 from pipelines.journal import Journal, Prediction
+from pipelines.metrics import confusion_matrix
+from pipelines.results import METRICS, Outputs, machine, metric_values, published, setting_of, skipped, versions
 from pipelines.scoring import Groups, Loader, Trial, Videos, check_fit, score
 from tsm_core.errors import CallerError
+from tsm_core.labels import Convention
 from tsm_core.model import TSM, WindowTSM
-from tsm_core.recipes import Recipe, Views
+from tsm_core.preprocess import Crop
+from tsm_core.recipes import Clips, Recipe, Views
 
 if TYPE_CHECKING:
     from pipelines.sharing import Crew
 
+AVERAGES: dict[Convention, str] = {"mmaction2": "probabilities", "mit": "logits"}
 MOST_LOADERS = 8
 GPU_BATCH = 32  # views; a CPU gains nothing from more than one
 
@@ -42,6 +53,20 @@ class Facts:
 
 
 Progress = Callable[[int, int, Facts], None]  # videos done, videos in all
+
+
+class How(TypedDict, total=False):
+    """How a test is run, as `evaluate` takes it."""
+
+    batch: int | None
+    loaders: int | None
+    device: str | None
+    workers: int
+    gpus: float | None
+    address: str | None
+    on_error: Literal["skip", "raise"]
+    max_skipped: float
+    on_progress: Progress | None
 
 
 def evaluate(
@@ -174,3 +199,135 @@ def _loaders(device: str, workers: int) -> int:
     if device == "cpu":
         return 0 if workers else min(1, cpus - 1)  # the model needs the others
     return max(1, min(MOST_LOADERS, cpus // max(1, workers) - 1))
+
+
+def run_evaluation(
+    recipe: Recipe | str,
+    checkpoint: Path | str,
+    *,
+    data_root: Path | str | None = None,
+    part: Part = "val",
+    split: int = 1,
+    kind: Kind | None = None,
+    list_file: Path | str | None = None,
+    prefix: Path | str | None = None,
+    list_order: Convention | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    views: Literal["efficient", "accurate"] = "efficient",
+    clips: Clips | None = None,
+    crop: Crop | None = None,
+    crop_px: int | None = None,
+    metrics: Sequence[str] = METRICS,
+    out: Path | str | None = None,
+    predictions: Path | str | None = None,
+    confusion: Path | str | None = None,
+    per_class: Path | str | None = None,
+    resume: bool = False,
+    model_dirs: Sequence[Path | str] = (),
+    command: str = "",
+    **how: Unpack[How],
+) -> dict[str, Any]:
+    """Test a checkpoint by a recipe and return the result, which is also written to `out` (JSON).
+
+    checkpoint: a model file, another project's weights, or the name of a model at hand (also in model_dirs).
+    data_root: folder of the recipe's data set; part, split and kind (None: the recipe's) choose its list. Instead,
+    list_file: any list, `path label` or `path frames label`, its paths below `prefix` (None: beside it), labels by
+    name or by number, counted as the recipe counts them or in list_order. limit: only so many videos, the first.
+    views: the recipe's of that name; clips, crop and crop_px change them.
+    predictions: JSON lines, one per video. confusion: a PNG. per_class: a table, .csv or .md. resume: go on with what
+    a run with the same `out` left in its journal. how: see `evaluate`.
+
+    Raises BadEvaluation, NoData, NoList, BadList, ModelFileError, UnknownRecipe, UnknownModel, OtherJournal, and what
+    `evaluate` raises. What can be known before the test is raised before it.
+    """
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise BadEvaluation(f"metrics {', '.join(unknown) or 'none'}: there are {', '.join(METRICS)}")
+    file = find_checkpoint(checkpoint, model_dirs)
+    row = find_row(recipe, file)
+    seen = choose_views(row, views, clips, crop, crop_px)
+    check_fit(seen, row)
+    videos, told = find_videos(
+        row,
+        data_root=data_root,
+        part=part,
+        split=split,
+        kind=kind,
+        list_file=list_file,
+        prefix=prefix,
+        list_order=list_order,
+        template=template,
+        limit=limit,
+    )
+    files = Outputs(out, predictions, confusion, per_class)
+    files.check(resume)
+    load = partial(open_model, file, row)
+    model = load("cpu")  # a checkpoint that does not fit is told now
+    digest = _sha256(file)
+    identity = {
+        "recipe": row.name,
+        "checkpoint": digest,
+        "views": f"{seen} of {row.frames} frames",
+        "convention": row.convention,
+        "list": _list_digest(videos),
+        "videos": len(videos.records),
+        "folder": str(videos.root.absolute()),
+    }
+    began_s = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(Journal(files.journal, identity, resume=resume)) if files.journal else None
+        resumed = len(journal.found) if journal else 0
+        found = evaluate(load if how.get("workers") else model, row, videos, seen, journal=journal, **how)
+    seconds = time.monotonic() - began_s
+    judged = [each for each in found if each.error is None]
+    matrix = confusion_matrix([each.top[0][0] for each in judged], [each.label for each in judged], len(row.labels))
+    values = metric_values(judged, matrix, row.convention, metrics)
+    result = {
+        "recipe": row.name,
+        "checkpoint": {"name": file.name, "sha256": digest, "source": model.source or None},
+        **told,
+        "views": {
+            "setting": setting_of(row, seen, views),
+            **asdict(seen),
+            "frames": row.frames,
+            "per_video": seen.total,
+        },
+        "convention": {"name": row.convention, "averages": AVERAGES[row.convention]},
+        "metrics": values,
+        "percent": {name: round(100 * value, 2) for name, value in values.items()},
+        "published": published(row, seen, views, digest, model.source),
+        "counts": {
+            "listed": len(found),
+            "tested": len(judged),
+            "skipped": len(found) - len(judged),
+            "views": len(judged) * seen.total,
+            "classes": len(row.labels),
+            "classes_with_videos": len({each.label for each in judged}),
+        },
+        "skipped": skipped(found, videos.root),
+        "run": {
+            "seconds": round(seconds, 3),
+            "videos_per_s": round((len(found) - resumed) / seconds, 3),
+            "taken_from_journal": resumed,
+            "workers": how.get("workers", 0),
+            "command": command,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "versions": versions(),
+        },
+    }
+    top1 = f"top-1 {100 * sum(map(_hit, judged)) / len(judged):.2f} % of {len(judged)} videos"
+    title = f"{row.name} on {told['dataset'] or told['list']}, {seen}: {top1}"
+    files.write(result, found, matrix, row.labels, title)
+    return result
+
+
+def _list_digest(videos: Videos) -> str:
+    lines = "".join(f"{each.path}\0{each.label}\0{each.frames}\0{each.offset}\n" for each in videos.records)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
