@@ -1,17 +1,20 @@
-"""Train-time randomness: crops and mirror images as a recipe says; ends where preprocess begins.
+"""Train-time randomness: crops, mirror images and colours as a recipe says; ends where preprocess begins.
 
 Bytes in, bytes out, and one draw for all frames of a clip; normalising is left to preprocess. Sources: MMAction2 0.24
-(crops, order) and mit-han-lab (crops of the stored frame).
+(crops, order), mit-han-lab (crops of the stored frame), imgaug 0.4 and pytorchvideo 0.1.5 (operations).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms.v2 import functional as images
 
 from tsm_core.errors import CallerError, ShapeError
 from tsm_core.preprocess import PreprocessSpec, resize
@@ -30,13 +33,23 @@ class ClipAugment:
     """A clip as decoded -> a clip to train on, and its label.
 
     steps: what is done, in order, in the words of the recipe tables. spec: its mmaction2 convention shrinks or enlarges
-    the frames before MultiScaleCrop, its mit convention crops them as they are stored. Raises AugmentError.
+    the frames before MultiScaleCrop, its mit convention crops them as they are stored. worker_seed: decides the signs
+    that imgaug_randaugment keeps as long as a worker lives. Raises AugmentError.
     """
 
-    def __init__(self, training: Training, spec: PreprocessSpec) -> None:
+    def __init__(self, training: Training, spec: PreprocessSpec, *, worker_seed: int = 0) -> None:
         if training.crop not in ("multi_scale", "random_resized"):
             raise AugmentError(f"crop {training.crop!r} must be 'multi_scale' or 'random_resized'")
+        policies = {
+            "none": None,
+            "imgaug_randaugment": ImgaugRandAugment(worker_seed),
+            "ptv_randaugment": ptv_randaugment,
+            "ptv_augmix": ptv_augmix,
+        }
+        if training.augment not in policies:
+            raise AugmentError(f"augment {training.augment!r} must be one of {', '.join(policies)}")
         self.training, self.spec = training, spec
+        self._policy: Callable[[Tensor, Rng], Tensor] | None = policies[training.augment]
         self._mirrored = _mirror(training.flip_pairs)
         self._resize_first = training.crop == "multi_scale" and spec.convention == "mmaction2"
         self._to_input = replace(spec, resize="exact")
@@ -46,13 +59,14 @@ class ClipAugment:
             "multi_scale_crop" if training.crop == "multi_scale" else "random_resized_crop",
             "resize_fixed",
             *(("flip",) if training.flip else ()),
+            *((training.augment,) if self._policy else ()),
         )
 
     def __call__(self, frames: Tensor, label: int, rng: Rng) -> tuple[Tensor, int]:
         """Pixels uint8 (T, 3, input_px, input_px), colours side by side in memory; the label, exchanged if mirrored.
 
         frames uint8 (T, 3, H, W), RGB, of one clip; not written to, but the pixels may be the very tensor where there
-        is nothing to do. rng: decides everything. Raises ShapeError.
+        is nothing to do. rng: decides everything but the worker's signs. Raises ShapeError.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not frames.numel():
             raise ShapeError(f"frames must be uint8 (T, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
@@ -64,6 +78,8 @@ class ClipAugment:
         pixels = resize(crop.contiguous(memory_format=torch.channels_last), self._to_input)
         if self.training.flip and rng.random() < 0.5:
             pixels, label = pixels.flip(3), self._mirrored.get(label, label)
+        if self._policy:
+            pixels = self._policy(pixels, rng)
         return pixels.contiguous(memory_format=torch.channels_last), label
 
     def _box(self, width: int, height: int, rng: Rng) -> tuple[int, int, int, int]:
@@ -113,3 +129,204 @@ def random_resized_box(width: int, height: int, rng: Rng) -> tuple[int, int, int
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     side = min(width, height)
     return (width - side) // 2, (height - side) // 2, side, side
+
+
+# --- operations: a clip uint8 (T, 3, H, W) and a number -> a new clip
+
+Matrix = tuple[float, float, float, float, float, float]
+
+
+def warp(clip: Tensor, matrix: Matrix, fill: float = 0.0) -> Tensor:
+    """Each pixel from where the matrix says, in px from the centre: (a x + b y + c, d x + e y + f).
+
+    Bilinear; black outside, or as torchvision does with a fill, which dims what touches the border twice.
+    """
+    a, b, c, d, e, f = matrix
+    frames, colours, height, width = clip.shape
+    theta = torch.tensor([[[a, b * height / width, 2 * c / width], [d * width / height, e, 2 * f / height]]])
+    grid = functional.affine_grid(theta, [1, 1, height, width], align_corners=False)
+    planes = clip.reshape(1, frames * colours, height, width).float()  # one grid for the whole clip
+    warped = functional.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    if fill:
+        inside = functional.grid_sample(torch.ones(1, 1, height, width), grid, align_corners=False)
+        warped.sub_(fill).mul_(inside).add_(fill)
+    return warped.round_().to(torch.uint8).view(clip.shape)
+
+
+def rotation(degrees: float) -> Matrix:
+    """Counter-clockwise."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return cos, -sin, 0, sin, cos, 0
+
+
+def slant_x(clip: Tensor, degrees: float) -> Tensor:
+    """As imgaug shears: upright lines lean by an angle and keep their length, so that the picture loses height."""
+    lean = math.radians(degrees)
+    return warp(clip, (1, math.tan(lean), 0, 0, 1 / math.cos(lean), 0))
+
+
+def slant_y(clip: Tensor, degrees: float) -> Tensor:
+    """Like slant_x, of level lines."""
+    lean = math.radians(degrees)
+    return warp(clip, (1 / math.cos(lean), 0, 0, -math.tan(lean), 1, 0))
+
+
+def shear_x(clip: Tensor, factor: float) -> Tensor:
+    """As pytorchvideo shears: rows move by a share of their distance from the upper edge."""
+    return warp(clip, (1, factor, clip.shape[2] * factor / 2, 0, 1, 0), FILL)
+
+
+def shear_y(clip: Tensor, factor: float) -> Tensor:
+    """Like shear_x, of columns and the left edge."""
+    return warp(clip, (1, 0, 0, factor, 1, clip.shape[3] * factor / 2), FILL)
+
+
+FILL = 0.5  # pytorchvideo's, of 255: meant as grey, but black
+
+# How near the originals they are. pytorchvideo calls torchvision's first version, which is within one level of this one
+# everywhere. imgaug has Pillow's arithmetic for colours: the same in brightness, posterize, solarize, equalize and
+# invert, within one level in saturation, contrast, sharpness and autocontrast, where Pillow rounds greys and means. It
+# warps by OpenCV, also bilinear and black outside, but rounds places to 1/32 px: a few levels at edges. warp rather
+# than torchvision's affine: that cannot slant, and makes a grid for each frame.
+OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "brightness": images.adjust_brightness,
+    "contrast": images.adjust_contrast,
+    "saturation": images.adjust_saturation,
+    "sharpness": images.adjust_sharpness,
+    "autocontrast": lambda clip, _: images.autocontrast(clip.contiguous()),  # several times faster plane by plane
+    "equalize": lambda clip, _: images.equalize(clip),
+    "invert": lambda clip, _: images.invert(clip),
+    "posterize": lambda clip, bits: images.posterize(clip, int(bits)),
+    "solarize": images.solarize,
+    "turn": lambda clip, degrees: warp(clip, rotation(degrees)),
+    "move_x": lambda clip, share: warp(clip, (1, 0, share * clip.shape[3], 0, 1, 0)),  # need not be whole pixels
+    "move_y": lambda clip, share: warp(clip, (1, 0, 0, 0, 1, share * clip.shape[2])),
+    "slant_x": slant_x,
+    "slant_y": slant_y,
+    "rotate": lambda clip, degrees: warp(clip, rotation(degrees), FILL),
+    "translate_x": lambda clip, share: warp(clip, (1, 0, share * clip.shape[3], 0, 1, 0), FILL),
+    "translate_y": lambda clip, share: warp(clip, (1, 0, 0, 0, 1, share * clip.shape[2]), FILL),
+    "shear_x": shear_x,
+    "shear_y": shear_y,
+}
+
+
+def cutout(clip: Tensor, share: float, rng: Rng) -> Tensor:
+    """A grey square, as wide as a share of the height, its centre anywhere in the picture."""
+    height, width = clip.shape[2:]
+    x, y, half = rng.random() * width, rng.random() * height, share * height / 2
+    left, top = (int(max(0, at - half)) for at in (x, y))
+    cut = clip.clone()
+    cut[:, :, top : int(y + half), left : int(x + half)] = 128
+    return cut
+
+
+# --- policies: which operations, how strong
+
+LEVEL = 0.9  # magnitude 9 of 10
+IMGAUG: tuple[tuple[str, float], ...] = (
+    ("slant_x", 17.19 * LEVEL),
+    ("slant_y", 17.19 * LEVEL),
+    ("move_x", 0.2 * LEVEL),
+    ("move_y", 0.2 * LEVEL),
+    ("turn", 30 * LEVEL),
+    ("posterize", 3),
+    ("solarize", 230),  # of 256 * LEVEL, which imgaug makes whole
+    ("saturation", 1.8 * LEVEL + 0.1),
+    ("contrast", 1.8 * LEVEL + 0.1),
+    ("brightness", 1.8 * LEVEL + 0.1),
+    ("sharpness", 1.8 * LEVEL + 0.1),
+    ("autocontrast", 0),
+    ("equalize", 0),
+    ("invert", 0),
+    ("cutout", 0.2 * LEVEL),
+)
+SIGNED = 5  # the first ones go one way or the other
+
+
+class ImgaugRandAugment:
+    """Exactly two of 15 operations in the list's order, always equally strong; each worker knows one direction each."""
+
+    def __init__(self, worker_seed: int) -> None:
+        signs = np.random.default_rng(worker_seed).choice((-1.0, 1.0), SIGNED)
+        self.operations = tuple(
+            (name, value * float(signs[at]) if at < SIGNED else value) for at, (name, value) in enumerate(IMGAUG)
+        )
+
+    def __call__(self, clip: Tensor, rng: Rng) -> Tensor:
+        """uint8 (T, 3, H, W), another clip of the same shape."""
+        for at in sorted(rng.choice(len(self.operations), 2, replace=False)):
+            name, value = self.operations[at]
+            clip = cutout(clip, value, rng) if name == "cutout" else OPERATIONS[name](clip, value)
+        return clip
+
+
+# Strength at level 0, what level 10 adds, and whether it is taken away as often as added.
+Strengths = Mapping[str, tuple[float, float, bool]]
+
+RANDAUGMENT: Strengths = {
+    "brightness": (1, 0.9, True),
+    "contrast": (1, 0.9, True),
+    "saturation": (1, 0.9, True),
+    "sharpness": (1, 0.9, True),
+    "autocontrast": (0, 0, False),
+    "equalize": (0, 0, False),
+    "invert": (0, 0, False),
+    "rotate": (0, 30, True),
+    "posterize": (4, -4, False),
+    "solarize": (1, -1, False),
+    "shear_x": (0, 0.3, True),
+    "shear_y": (0, 0.3, True),
+    "translate_x": (0, 0.45, True),
+    "translate_y": (0, 0.45, True),
+}
+AUGMIX: Strengths = {
+    "autocontrast": (0, 0, False),
+    "equalize": (0, 0, False),
+    "rotate": (0, 30, True),
+    "posterize": (4, -4, False),
+    "solarize": (1, -1, False),
+    "shear_x": (0, 0.3, True),
+    "shear_y": (0, 0.3, True),
+    "translate_x": (0, 1 / 3, True),
+    "translate_y": (0, 1 / 3, True),
+    "saturation": (0.1, 1.8, False),
+    "contrast": (0.1, 1.8, False),
+    "brightness": (0.1, 1.8, False),
+    "sharpness": (0.1, 1.8, False),
+}
+
+
+def strength(name: str, table: Strengths, level: float, rng: Rng) -> float:
+    """The number that a pytorchvideo operation gets at a level of 0 to 10: a factor, degrees, bits or a threshold."""
+    base, reach, both_ways = table[name]
+    reach *= level / 10
+    if name == "posterize":
+        return base + int(reach)
+    if name == "solarize":
+        return int((base + reach) * 255)
+    return base - reach if both_ways and rng.random() <= 0.5 else base + reach
+
+
+def ptv_randaugment(clip: Tensor, rng: Rng) -> Tensor:
+    """Two of 14 operations in any order, each left out every second time; level about 9."""
+    names = list(RANDAUGMENT)
+    for at in rng.choice(len(names), 2, replace=False):
+        if rng.random() <= 0.5:
+            level = min(max(rng.normal(9, 0.5), 0.0), 10.0)
+            clip = OPERATIONS[names[at]](clip, strength(names[at], RANDAUGMENT, level, rng))
+    return clip
+
+
+def ptv_augmix(clip: Tensor, rng: Rng) -> Tensor:
+    """The clip mixed with three chains of one to three of 13 operations each, level 0.1 to 3."""
+    names = list(AUGMIX)
+    weights, kept = rng.dirichlet((1, 1, 1)), rng.beta(1, 1)
+    mixed = torch.zeros_like(clip, dtype=torch.float32)
+    for weight in weights:
+        chain = clip
+        for at in rng.integers(len(names), size=rng.integers(1, 4)):
+            level = rng.uniform(0.1, 3)
+            chain = OPERATIONS[names[at]](chain, strength(names[at], AUGMIX, level, rng))
+        mixed.add_(chain, alpha=float(weight))
+    return (clip * kept + mixed * (1 - kept)).to(torch.uint8)  # cut off, not rounded, as there

@@ -1,4 +1,5 @@
 import math
+import pickle
 import time
 from collections import Counter
 from dataclasses import replace
@@ -8,15 +9,28 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torch.nn import functional
+from torchvision.transforms.v2 import functional as images
 
+from pipelines import augment
 from pipelines.augment import (
+    AUGMIX,
+    IMGAUG,
+    OPERATIONS,
+    RANDAUGMENT,
     AugmentError,
     ClipAugment,
+    ImgaugRandAugment,
+    cutout,
     multi_scale_offsets,
     multi_scale_sizes,
+    ptv_augmix,
+    ptv_randaugment,
     random_resized_box,
+    rotation,
+    strength,
+    warp,
 )
 from tsm_core.errors import ShapeError
 from tsm_core.preprocess import PreprocessSpec, resize
@@ -24,6 +38,7 @@ from tsm_core.recipes import MIT_ROWS, PAGE_ROWS, PIL_SPEC, Training
 
 SMALL = {"input_px": 64, "resize_px": 73}
 PLAIN = Training(flip=False)
+POLICIES = ("imgaug_randaugment", "ptv_randaugment", "ptv_augmix")
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +57,18 @@ def noise(frames, height, width, seed=0):
     """A clip as decoders give it, colours side by side."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (frames, height, width, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+
+
+def scenery(height=48, width=60):
+    """A soft picture with a hard edge in it, (height, width, 3)."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([128 + 90 * np.sin(x / 7 + c) * np.cos(y / (9 + c)) for c in range(3)], axis=2)
+    waves[height // 3 : height // 2, width // 4 : width // 2] += 60
+    return waves.clip(0, 255).astype(np.uint8)
+
+
+def clip_of(picture):
+    return torch.from_numpy(picture).permute(2, 0, 1)[None]
 
 
 def picture_of(clip):
@@ -77,7 +104,7 @@ TABLES = Path(__file__).parents[4] / "shared" / "reference" / "recipes.yaml"
 @pytest.mark.parametrize(("number", "row"), list(enumerate(PAGE_ROWS, 1)), ids=[row.name for row in PAGE_ROWS])
 def test_each_row_takes_its_steps_in_order_and_gives_bytes(number, row):
     augmented = ClipAugment(row.training, replace(row.preprocess, **SMALL))
-    assert augmented.steps == ORDERS[number][: len(augmented.steps)]  # colours are to come
+    assert augmented.steps == ORDERS[number]
     frames = noise(3, 50, 70)
     before = frames.clone()
     for seed in range(3):
@@ -105,6 +132,8 @@ def test_orders_are_those_of_the_recipe_tables():
         training = ours[name].training
         mirrored = {one: other for a, b in training.flip_pairs for one, other in ((a, b), (b, a))}
         assert told.get("flip", {}).get("flip_label_map", {}) == mirrored, name
+        if "imgaug_randaugment" in told:
+            assert len(told["imgaug_randaugment"]["children"]) == len(IMGAUG)
 
 
 def test_a_spec_without_a_short_side_is_resized_twice():
@@ -263,12 +292,282 @@ def test_half_of_the_clips_are_mirrored_and_only_their_labels_exchanged(crop):
     assert abs(seen[True] - 1000) < 100
 
 
+# ---- operations
+
+PICTURE = scenery()
+NOISE = picture_of(noise(1, 40, 50))
+
+
+@pytest.mark.parametrize("picture", [PICTURE, NOISE], ids=["scenery", "noise"])
+@pytest.mark.parametrize(
+    ("name", "value", "pillow", "levels"),
+    [
+        ("posterize", 3, lambda image: ImageOps.posterize(image, 3), 0),
+        ("posterize", 1, lambda image: ImageOps.posterize(image, 1), 0),
+        ("solarize", 230, lambda image: ImageOps.solarize(image, 230), 0),
+        ("solarize", 25, lambda image: ImageOps.solarize(image, 25), 0),
+        ("equalize", 0, ImageOps.equalize, 0),
+        ("invert", 0, ImageOps.invert, 0),
+        ("autocontrast", 0, ImageOps.autocontrast, 1),
+        ("brightness", 1.72, lambda image: ImageEnhance.Brightness(image).enhance(1.72), 0),
+        ("brightness", 0.19, lambda image: ImageEnhance.Brightness(image).enhance(0.19), 0),
+        ("saturation", 1.72, lambda image: ImageEnhance.Color(image).enhance(1.72), 1),
+        ("contrast", 1.72, lambda image: ImageEnhance.Contrast(image).enhance(1.72), 1),
+        ("sharpness", 1.72, lambda image: ImageEnhance.Sharpness(image).enhance(1.72), 1),
+    ],
+)
+def test_colours_are_pillows(name, value, pillow, levels, picture):
+    wanted = np.asarray(pillow(Image.fromarray(picture))).astype(int)
+    dull = clip_of(picture // 3 + 40)  # another frame beside it, to be worked on by itself
+    got = OPERATIONS[name](torch.cat([clip_of(picture), dull]), value)
+    assert got.dtype == torch.uint8
+    assert np.abs(picture_of(got) - wanted).max() <= levels
+    assert torch.equal(got[1:], OPERATIONS[name](dull, value))
+
+
+def test_operations_that_leave_a_picture_alone():
+    clip = noise(2, 20, 20)
+    for name, value in [("posterize", 8), ("solarize", 255), ("brightness", 1), ("contrast", 1), ("saturation", 1),
+                        ("sharpness", 1), ("turn", 0), ("rotate", 0), ("move_x", 0), ("translate_y", 0),
+                        ("slant_x", 0), ("shear_y", 0)]:  # fmt: skip
+        same = clip.where(clip < 255, 0) if name == "solarize" else clip
+        assert torch.equal(OPERATIONS[name](clip, value), same), name
+    flat = torch.full((1, 3, 8, 8), 77, dtype=torch.uint8)
+    for name in ("equalize", "autocontrast"):
+        assert torch.equal(OPERATIONS[name](flat, 0), flat)
+
+
+def looked_up(picture, matrix):
+    """The formula, pixel by pixel, in double precision."""
+    a, b, c, d, e, f = matrix
+    height, width = picture.shape[:2]
+    y, x = np.mgrid[:height, :width].astype(float)
+    u, v = x - (width - 1) / 2, y - (height - 1) / 2
+    sx, sy = a * u + b * v + c + (width - 1) / 2, d * u + e * v + f + (height - 1) / 2
+    out = np.zeros(picture.shape)
+    for dx in (0, 1):
+        for dy in (0, 1):
+            px, py = np.floor(sx).astype(int) + dx, np.floor(sy).astype(int) + dy
+            weight = (1 - abs(sx - px)) * (1 - abs(sy - py)) * (px >= 0) * (px < width) * (py >= 0) * (py < height)
+            out += weight[..., None] * picture[py.clip(0, height - 1), px.clip(0, width - 1)]
+    return out
+
+
+LEAN = math.radians(15.471)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "moves"),
+    [
+        # where a pixel goes, from the centre: imgaug's matrices
+        ("slant_x", 15.471, [[1, -math.sin(LEAN), 0], [0, math.cos(LEAN), 0]]),
+        ("slant_y", 15.471, [[math.cos(LEAN), 0, 0], [math.sin(LEAN), 1, 0]]),
+        ("slant_x", -15.471, [[1, math.sin(LEAN), 0], [0, math.cos(LEAN), 0]]),
+        ("move_x", 0.18, [[1, 0, -0.18 * 60], [0, 1, 0]]),
+        ("move_y", -0.18, [[1, 0, 0], [0, 1, 0.18 * 48]]),
+        ("turn", 27, [[math.cos(math.radians(27)), math.sin(math.radians(27)), 0],
+                      [-math.sin(math.radians(27)), math.cos(math.radians(27)), 0]]),
+    ],
+)  # fmt: skip
+def test_places_are_the_formulas(name, value, moves):
+    inverse = np.linalg.inv([*moves, [0, 0, 1]])[:2].ravel()
+    got = picture_of(OPERATIONS[name](clip_of(PICTURE), value))
+    assert np.abs(got - looked_up(PICTURE, inverse)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "angle", "translate", "shear"),
+    [
+        ("rotate", 27, -27, (0, 0), (0, 0)),
+        ("rotate", -27, 27, (0, 0), (0, 0)),
+        ("translate_x", 0.405, 0, (-0.405 * 60, 0), (0, 0)),
+        ("translate_y", -0.405, 0, (0, 0.405 * 48), (0, 0)),
+        ("shear_x", 0.27, 0, (-0.27 * 48 / 2, 0), (math.degrees(math.atan(0.27)), 0)),
+        ("shear_y", -0.27, 0, (0, 0.27 * 60 / 2), (0, -math.degrees(math.atan(0.27)))),
+    ],
+)
+def test_places_are_torchvisions(name, value, angle, translate, shear):
+    clip = torch.cat([clip_of(PICTURE), clip_of(PICTURE[::-1].copy())])
+    wanted = images.affine(
+        clip, angle, list(translate), 1.0, list(shear), interpolation=images.InterpolationMode.BILINEAR, fill=[0.5] * 3
+    )
+    got = OPERATIONS[name](clip, value)
+    assert (got.int() - wanted.int()).abs().max() <= 1
+
+
+def test_a_quarter_turn_is_exact():
+    clip = noise(2, 32, 32)
+    assert torch.equal(warp(clip, rotation(90)), clip.rot90(1, (2, 3)))
+
+
+def test_a_shear_keeps_its_edge_and_a_fill_is_black():
+    clip = torch.full((1, 3, 40, 40), 200, dtype=torch.uint8)
+    sheared = OPERATIONS["shear_x"](clip, 0.3)
+    assert (sheared[..., 1, :38] == 200).all()
+    assert (sheared[..., 39, :28] == 200).all()
+    assert (sheared[..., 39, 30:] == 0).all()
+
+
+def test_cutout_is_a_grey_square_that_may_leave_the_picture():
+    clip = torch.zeros(2, 3, 100, 200, dtype=torch.uint8)
+    cut = cutout(clip, 0.18, Told(random=[0.5, 0.5]))
+    assert (cut[:, :, 41:59, 91:109] == 128).all()
+    assert cut.sum() == 2 * 3 * 18 * 18 * 128
+    corner = cutout(clip, 0.18, Told(random=[0.0, 0.999]))
+    assert (corner[:, :, 90:, :9] == 128).all()
+    assert corner.sum() == 2 * 3 * 10 * 9 * 128
+    assert clip.sum() == 0
+
+
+# ---- policies
+
+
+@pytest.fixture
+def journal(monkeypatch):
+    """Operations that do nothing but write down their names and numbers."""
+    calls = []
+
+    def note(name):
+        return lambda clip, value, *_: (calls.append((name, value)), clip)[1]
+
+    monkeypatch.setattr(augment, "OPERATIONS", {name: note(name) for name in OPERATIONS})
+    monkeypatch.setattr(augment, "cutout", note("cutout"))
+    return calls
+
+
+FLAT = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
+IMGAUG_VALUES = [15.471, 15.471, 0.18, 0.18, 27, 3, 230, 1.72, 1.72, 1.72, 1.72, 0, 0, 0, 0.18]
+
+
+def test_imgaug_applies_exactly_two_of_fifteen_in_list_order(journal):
+    policy, rng, names = ImgaugRandAugment(0), draw(4), [name for name, _ in IMGAUG]
+    assert [value for _, value in IMGAUG] == pytest.approx(IMGAUG_VALUES)
+    pairs = Counter()
+    for _ in range(5250):
+        journal.clear()
+        policy(FLAT, rng)
+        first, second = (names.index(name) for name, _ in journal)
+        assert first < second
+        pairs[first, second] += 1
+        assert [abs(value) for _, value in journal] == pytest.approx([IMGAUG_VALUES[first], IMGAUG_VALUES[second]])
+    assert len(pairs) == 105
+    assert all(abs(count - 50) < 36 for count in pairs.values())
+
+
+def test_imgaugs_signs_belong_to_the_worker(journal):
+    signs = Counter()
+    for seed in range(200):
+        policy = ImgaugRandAugment(seed)
+        assert policy.operations == ImgaugRandAugment(seed).operations
+        values = [value for _, value in policy.operations]
+        signs.update(at for at in range(15) if values[at] < 0)
+        assert values[5:] == pytest.approx(IMGAUG_VALUES[5:])
+    assert set(signs) == set(range(5))
+    assert all(60 < count < 140 for count in signs.values())
+    policy, seen = ImgaugRandAugment(7), {}
+    for seed in range(200):
+        policy(FLAT, draw(seed))
+        for name, value in journal:
+            assert seen.setdefault(name, value) == value
+
+
+def test_randaugment_draws_two_of_fourteen_and_leaves_out_half(journal):
+    rng, lengths, counts, factors = draw(5), Counter(), Counter(), {name: [] for name in RANDAUGMENT}
+    for _ in range(7000):
+        journal.clear()
+        ptv_randaugment(FLAT, rng)
+        assert len({name for name, _ in journal}) == len(journal)  # without replacement
+        lengths[len(journal)] += 1
+        counts.update(name for name, _ in journal)
+        for name, value in journal:
+            factors[name].append(value)
+    assert all(abs(lengths[length] - 7000 * share) < 250 for length, share in ((0, 0.25), (1, 0.5), (2, 0.25)))
+    assert set(counts) == set(RANDAUGMENT)
+    assert all(abs(count - 500) < 100 for count in counts.values())
+    for name, (base, middle, spread) in {
+        "brightness": (1, 0.81, 0.045), "contrast": (1, 0.81, 0.045), "saturation": (1, 0.81, 0.045),
+        "sharpness": (1, 0.81, 0.045), "rotate": (0, 27, 1.5), "shear_x": (0, 0.27, 0.015),
+        "shear_y": (0, 0.27, 0.015), "translate_x": (0, 0.405, 0.0225), "translate_y": (0, 0.405, 0.0225),
+    }.items():  # fmt: skip
+        changes = np.array(factors[name]) - base
+        assert abs(np.mean(changes > 0) - 0.5) < 0.12
+        assert np.mean(abs(changes)) == pytest.approx(middle, abs=spread / 4)
+        assert np.std(abs(changes)) == pytest.approx(spread, rel=0.2)
+        assert abs(changes).max() <= middle / 0.9 + 1e-9  # levels end at 10
+    assert set(factors["posterize"]) <= {0, 1, 2}
+    assert Counter(factors["posterize"]).most_common(1)[0][0] == 1
+    assert np.mean(factors["solarize"]) == pytest.approx(25, abs=2.5)
+
+
+def test_strengths_by_level():
+    rng = draw()
+    for level, bits, threshold in ((9, 1, 25), (10, 0, 0), (3, 3, 178), (0.1, 4, 252)):
+        assert strength("posterize", RANDAUGMENT, level, rng) == bits
+        assert strength("solarize", AUGMIX, level, rng) == threshold
+    assert strength("brightness", AUGMIX, 3, rng) == pytest.approx(0.64)
+    for name, table, level, both in (("brightness", RANDAUGMENT, 10, {0.1, 1.9}), ("rotate", AUGMIX, 1, {3, -3}),
+                                     ("translate_x", AUGMIX, 3, {0.1, -0.1})):  # fmt: skip
+        assert {round(strength(name, table, level, rng), 9) for _ in range(30)} == both
+
+
+def test_augmix_mixes_three_chains_with_the_clip(journal):
+    rng, counts, lengths = draw(6), Counter(), Counter()
+    for _ in range(500):
+        journal.clear()
+        mixed = ptv_augmix(FLAT, rng)
+        assert set(mixed.unique().tolist()) <= {99, 100}  # nothing but itself, cut off
+        counts.update(name for name, _ in journal)
+        lengths[len(journal)] += 1
+    assert set(counts) == set(AUGMIX)
+    assert "invert" not in counts
+    assert set(lengths) == set(range(3, 10))
+    assert abs(sum(counts.values()) / 500 - 6) < 0.4  # three chains, two operations on average
+    assert all(abs(count - sum(counts.values()) / 13) < 90 for count in counts.values())
+    # and the formula
+    bright = OPERATIONS["brightness"](FLAT, 0.64)
+    names, weights, kept = list(AUGMIX), np.array([0.2, 0.3, 0.5]), 0.25
+    augment.OPERATIONS.update(brightness=OPERATIONS["brightness"], rotate=OPERATIONS["rotate"])
+    chains = [[names.index("equalize")], [names.index("brightness")], [names.index("autocontrast")] * 3]
+    told = Told(
+        dirichlet=[weights], beta=[kept], integers=[1, chains[0], 1, chains[1], 3, chains[2]], uniform=[3.0] * 5
+    )
+    wanted = kept * 100 + (1 - kept) * (0.2 * 100 + 0.3 * float(bright[0, 0, 0, 0]) + 0.5 * 100)
+    assert ptv_augmix(FLAT, told)[0, 0, 0, 0] == int(wanted)
+
+
+@pytest.mark.parametrize("policy", [ImgaugRandAugment(1), ptv_randaugment, ptv_augmix])
+def test_a_policy_treats_all_frames_alike_and_does_something(policy):
+    clip, changed = clip_of(scenery(64, 64)).repeat(3, 1, 1, 1), 0
+    for seed in range(12):
+        pixels = policy(clip, draw(seed))
+        assert pixels.dtype == torch.uint8
+        assert all(torch.equal(pixels[0], pixel) for pixel in pixels)
+        changed += not torch.equal(pixels, clip)
+    assert changed >= 5
+    assert torch.equal(clip[0], clip_of(scenery(64, 64))[0])
+
+
+def test_workers_go_four_ways_with_two_signed_operations():
+    clip = clip_of(PICTURE)
+    ways = {ImgaugRandAugment(seed)(clip, Told(choice=[np.array([4, 0])])).numpy().tobytes() for seed in range(40)}
+    assert len(ways) == 4
+
+
 # ---- and the rest
+
+
+def test_a_worker_can_be_sent_its_augmentation():
+    for name in POLICIES:
+        augmented = ClipAugment(Training(augment=name), PreprocessSpec(**SMALL), worker_seed=4)
+        sent = pickle.loads(pickle.dumps(augmented))
+        frames = noise(2, 40, 50)
+        assert torch.equal(sent(frames, 0, draw(1))[0], augmented(frames, 0, draw(1))[0])
 
 
 def test_wrong_input_is_named():
     for wrong, said in (
         ({"crop": "centre"}, "crop 'centre' must be 'multi_scale'"),
+        ({"augment": "trivial"}, "augment 'trivial' must be one of none, imgaug"),
         ({"flip_pairs": ((0, 1), (1, 2))}, "name each class once"),
     ):
         with pytest.raises(AugmentError, match=said) as caught:
