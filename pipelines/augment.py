@@ -1,7 +1,7 @@
-"""Train-time randomness: crops, mirror images and colours as a recipe says; ends where preprocess begins.
+"""Train-time randomness: crops, mirror images, colours and blends as a recipe says; ends where preprocess begins.
 
 Bytes in, bytes out, and one draw for all frames of a clip; normalising is left to preprocess. Sources: MMAction2 0.24
-(crops, order), mit-han-lab (crops of the stored frame), imgaug 0.4 and pytorchvideo 0.1.5 (operations).
+(crops, order, blending), mit-han-lab (crops of the stored frame), imgaug 0.4 and pytorchvideo 0.1.5 (operations).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from tsm_core.preprocess import PreprocessSpec, resize
 from tsm_core.recipes import Training
 
 Rng = np.random.Generator
+BlendKind = Literal["none", "mixup", "cutmix"]
 
 
 class AugmentError(CallerError):
@@ -330,3 +332,61 @@ def ptv_augmix(clip: Tensor, rng: Rng) -> Tensor:
             chain = OPERATIONS[names[at]](chain, strength(names[at], AUGMIX, level, rng))
         mixed.add_(chain, alpha=float(weight))
     return (clip * kept + mixed * (1 - kept)).to(torch.uint8)  # cut off, not rounded, as there
+
+
+# --- blending of a batch
+
+
+class Blend:
+    """Mixes the clips of a batch with each other, and their labels with them: always, or with `none` never.
+
+    One share from Beta(alpha, alpha) and one permutation for the whole batch; torchvision's MixUp and CutMix pair each
+    clip with its neighbour instead. Raises AugmentError.
+    """
+
+    def __init__(self, kind: BlendKind, classes: int, alpha: float = 0.2) -> None:
+        if kind not in ("none", "mixup", "cutmix"):
+            raise AugmentError(f"blend {kind!r} must be 'none', 'mixup' or 'cutmix'")
+        if classes < 1 or not alpha > 0:
+            raise AugmentError(f"blend of {classes} classes with alpha {alpha}: both must be above 0")
+        self.kind, self.classes, self.alpha = kind, classes, alpha
+
+    def __call__(self, clips: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Clips like `clips`, which stay as they are, and labels float32 (N, classes) that sum to 1.
+
+        clips float (N, T, C, H, W), normalised. labels int64 (N,). generator: best one of the CPU. Raises ShapeError.
+        """
+        if clips.ndim != 5 or labels.shape != clips.shape[:1] or not clips.is_floating_point():
+            raise ShapeError(
+                f"clips must be float (N, T, C, H, W) and labels (N,), got {clips.dtype} {tuple(clips.shape)} "
+                f"and {tuple(labels.shape)}"
+            )
+        soft = functional.one_hot(labels, self.classes).float()
+        if self.kind == "none":
+            return clips, soft
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device)
+        rng = np.random.default_rng(int(seed))
+        share = float(rng.beta(self.alpha, self.alpha))
+        others = torch.from_numpy(rng.permutation(len(clips))).to(clips.device)
+        if self.kind == "mixup":
+            clips = torch.lerp(clips[others], clips, share)
+        else:
+            left, top, right, bottom = cutmix_box(clips.shape[4], clips.shape[3], share, rng)
+            share = 1 - (right - left) * (bottom - top) / (clips.shape[3] * clips.shape[4])
+            pasted = clips[..., top:bottom, left:right][others]
+            clips = clips.clone()
+            clips[..., top:bottom, left:right] = pasted
+        return clips, share * soft + (1 - share) * soft[others]
+
+
+def cutmix_box(width: int, height: int, share: float, rng: Rng) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of what another clip covers: 1 - share of the picture, less what is outside."""
+    side = math.sqrt(1 - share)
+    half_width, half_height = int(width * side) // 2, int(height * side) // 2
+    x, y = int(rng.integers(width)), int(rng.integers(height))
+    return max(0, x - half_width), max(0, y - half_height), min(width, x + half_width), min(height, y + half_height)
+
+
+def soft_cross_entropy(logits: Tensor, soft: Tensor) -> Tensor:
+    """-sum(p log softmax), mean over the batch. logits and soft (N, classes)."""
+    return functional.cross_entropy(logits, soft)

@@ -20,8 +20,10 @@ from pipelines.augment import (
     OPERATIONS,
     RANDAUGMENT,
     AugmentError,
+    Blend,
     ClipAugment,
     ImgaugRandAugment,
+    cutmix_box,
     cutout,
     multi_scale_offsets,
     multi_scale_sizes,
@@ -29,6 +31,7 @@ from pipelines.augment import (
     ptv_randaugment,
     random_resized_box,
     rotation,
+    soft_cross_entropy,
     strength,
     warp,
 )
@@ -132,6 +135,7 @@ def test_orders_are_those_of_the_recipe_tables():
         training = ours[name].training
         mirrored = {one: other for a, b in training.flip_pairs for one, other in ((a, b), (b, a))}
         assert told.get("flip", {}).get("flip_label_map", {}) == mirrored, name
+        assert (listed["batch_blending"] or {"type": "none"})["type"] == training.blend, name
         if "imgaug_randaugment" in told:
             assert len(told["imgaug_randaugment"]["children"]) == len(IMGAUG)
 
@@ -553,6 +557,131 @@ def test_workers_go_four_ways_with_two_signed_operations():
     assert len(ways) == 4
 
 
+# ---- blending
+
+
+def batch(clips=5, classes=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(clips, 2, 3, 6, 8, generator=generator), torch.randperm(classes, generator=generator)[:clips]
+
+
+def parted(soft, labels):
+    """The share of its own label that each clip kept, and whose label it got besides: read from the labels alone."""
+    others = [int((row > 0).nonzero()[:, 0][(row > 0).nonzero()[:, 0] != own]) if (row > 0).sum() > 1 else int(own)
+              for row, own in zip(soft, labels, strict=True)]  # fmt: skip
+    return soft[torch.arange(len(labels)), labels], [labels.tolist().index(other) for other in others]
+
+
+def test_mixup_is_one_share_and_one_permutation():
+    moved = 0
+    for seed in range(30):
+        clips, labels = batch(seed=seed)
+        before = clips.clone()
+        mixed, soft = Blend("mixup", 7)(clips, labels, torch.Generator().manual_seed(seed))
+        kept, others = parted(soft, labels)
+        assert sorted(others) == list(range(5))  # a permutation
+        shares = {
+            round(float(share), 5) for share, own, other in zip(kept, range(5), others, strict=True) if own != other
+        }
+        assert len(shares) <= 1
+        share = float(kept.min())
+        assert torch.allclose(mixed, share * clips + (1 - share) * clips[others], atol=1e-5)
+        assert torch.allclose(soft.sum(1), torch.ones(5))
+        assert (soft.dtype, tuple(soft.shape)) == (torch.float32, (5, 7))
+        assert torch.equal(clips, before)
+        moved += others != list(range(5))
+    assert moved >= 25
+
+
+def test_cutmix_pastes_one_box_and_says_how_large_it_is():
+    areas = set()
+    for seed in range(40):
+        clips, labels = batch(seed=seed)
+        before = clips.clone()
+        mixed, soft = Blend("cutmix", 7)(clips, labels, torch.Generator().manual_seed(seed))
+        kept, others = parted(soft, labels)
+        share = float(kept.min())
+        area = round((1 - share) * 48)
+        assert (1 - share) * 48 == pytest.approx(area, abs=1e-3)
+        foreign = (mixed != clips).any(2).any(1)  # (N, H, W); same for all frames and colours
+        for at, other in enumerate(others):
+            if other != at and area:
+                assert torch.equal(foreign[at], (mixed[at] != clips[at]).all(0).all(0))
+                assert int(foreign[at].sum()) == area
+                rows, columns = foreign[at].any(1).nonzero()[:, 0], foreign[at].any(0).nonzero()[:, 0]
+                box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+                assert foreign[at][box].all()
+                assert torch.equal(mixed[at][..., box[0], box[1]], clips[other][..., box[0], box[1]])
+            elif not area:
+                assert torch.equal(mixed[at], clips[at])
+        assert torch.equal(clips, before)
+        areas.add(area)
+    assert len(areas) > 8
+
+
+@pytest.mark.parametrize(
+    ("share", "centre", "box"),
+    [
+        (0.75, (4, 3), (2, 2, 6, 4)),  # half the sides, 4 x 3: 3 // 2 to either side
+        (0.75, (0, 0), (0, 0, 2, 1)),
+        (0.75, (7, 5), (5, 4, 8, 6)),
+        (0.0, (4, 3), (0, 0, 8, 6)),
+        (0.0, (0, 5), (0, 2, 4, 6)),
+        (1.0, (4, 3), (4, 3, 4, 3)),
+    ],
+)
+def test_boxes_are_cut_off_at_the_edge(share, centre, box):
+    assert cutmix_box(8, 6, share, Told(integers=centre)) == box
+
+
+def test_the_labels_follow_the_box_that_is_left(monkeypatch):
+    told = Told(beta=[0.75], permutation=[np.array([1, 0])], integers=[0, 0])
+    monkeypatch.setattr(np.random, "default_rng", lambda _: told)
+    clips = torch.stack([torch.zeros(1, 3, 6, 8), torch.ones(1, 3, 6, 8)])
+    mixed, soft = Blend("cutmix", 2)(clips, torch.tensor([0, 1]), torch.Generator())
+    assert mixed[0].sum() == 3 * 2
+    assert torch.allclose(soft, torch.tensor([[46 / 48, 2 / 48], [2 / 48, 46 / 48]]))
+
+
+def test_shares_come_from_the_beta_distribution():
+    clips, labels = torch.zeros(2, 1, 1, 1, 1), torch.tensor([0, 1])
+    for alpha in (0.2, 1.0):
+        blend, generator = Blend("mixup", 2, alpha=alpha), torch.Generator().manual_seed(1)
+        shares = torch.stack([blend(clips, labels, generator)[1][0, 0] for _ in range(2000)])
+        shares = shares[shares < 1]  # every second permutation changes nothing
+        assert 900 < len(shares) < 1100
+        assert float(shares.mean()) == pytest.approx(0.5, abs=0.05)
+        assert float(shares.var()) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
+
+
+def test_blending_follows_its_generator_and_none_leaves_it_alone():
+    clips, labels = batch()
+    blend = Blend("mixup", 7)
+    generator = torch.Generator().manual_seed(3)
+    first, second = blend(clips, labels, generator)[1], blend(clips, labels, generator)[1]
+    assert not torch.equal(first, second)
+    assert torch.equal(first, blend(clips, labels, torch.Generator().manual_seed(3))[1])
+    before = generator.get_state()
+    same, soft = Blend("none", 7)(clips, labels, generator)
+    assert same is clips
+    assert torch.equal(soft, functional.one_hot(labels, 7).float())
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_soft_cross_entropy_is_the_mean_over_the_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=generator, requires_grad=True)
+    soft = torch.rand(6, 4, generator=generator).softmax(1)
+    loss = soft_cross_entropy(logits, soft)
+    wanted = -np.mean(np.sum(soft.numpy() * np.log(logits.softmax(1).detach().numpy()), axis=1))
+    assert loss.item() == pytest.approx(wanted, abs=1e-6)
+    loss.backward()
+    assert torch.allclose(logits.grad, (logits.softmax(1) - soft).detach() / 6, atol=1e-6)
+    labels = torch.tensor([0, 3, 2, 1, 1, 0])
+    hard = soft_cross_entropy(logits, functional.one_hot(labels, 4).float())
+    assert torch.allclose(hard, functional.cross_entropy(logits, labels))
+
+
 # ---- and the rest
 
 
@@ -577,6 +706,13 @@ def test_wrong_input_is_named():
     for wrong in (torch.zeros(2, 3, 8, 8), noise(1, 8, 8)[0], noise(1, 8, 8)[:, :2], noise(1, 8, 8)[:0]):
         with pytest.raises(ShapeError, match=r"frames must be uint8 \(T, 3, H, W\)"):
             augmented(wrong, 0, draw())
+    for wrong in (("mix", 3), ("mixup", 0), ("mixup", 3, 0.0), ("mixup", 3, float("nan"))):
+        with pytest.raises(AugmentError):
+            Blend(*wrong)
+    clips, labels = batch()
+    for wrong in ((clips[0], labels), (clips, labels[:3]), (clips.to(torch.uint8), labels)):
+        with pytest.raises(ShapeError, match=r"clips must be float \(N, T, C, H, W\)"):
+            Blend("mixup", 7)(*wrong, torch.Generator())
 
 
 def test_a_clip_costs_little():
