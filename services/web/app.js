@@ -27,6 +27,17 @@ function setHidden(node, hidden) {
 // ---------------------------------------------------------------- requests
 
 /** What the service said was wrong (problem+json), or that it could not be reached. */
+// one line about a model at work on a stream: how often it has a result, and what one takes
+function describeModel(model) {
+  const often = model.mode === "window"
+    ? `sees ${number.format(model.window_s)} s, a result every ${number.format(model.stride_s)} s`
+    : "a result for every frame";
+  const costMs = model.result_cost_ms;
+  const cost = costMs === null ? "" : `, ${costMs.toFixed(costMs < 10 ? 1 : 0)} ms each`;
+  const skipped = model.skipped > 0 ? `, ${number.format(model.skipped)} left out` : "";
+  return `${model.name}: ${often}${cost}${skipped}`;
+}
+
 class Problem extends Error {
   constructor(message, reason, status) {
     super(message);
@@ -336,7 +347,12 @@ class Tile {
 
     const running = state === "RUNNING";
     setText(figures.fps, running ? `${status.fps.toFixed(1)} fps` : "–");
-    setText(figures.processed, running ? `${status.processed_fps.toFixed(1)} fps` : "–");
+    const models = status.models ?? [];
+    const strides = models.map((model) => model.stride_s);
+    const windowed = models.length > 0 && strides.every((stride) => stride); // else there is a result for every frame
+    const rate = windowed ? `every ${number.format(Math.min(...strides))} s` : `${(status.processed_fps ?? 0).toFixed(1)} fps`;
+    setText(figures.processed, running ? rate : "–");
+    setText(figures["models-tip"], models.map(describeModel).join("\n"));
     const reasons = Object.entries(status.dropped ?? {}).filter(([, count]) => count > 0);
     const dropped = reasons.reduce((sum, [, count]) => sum + count, 0);
     setText(figures.dropped, this.status ? number.format(dropped) : "–");

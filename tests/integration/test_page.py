@@ -108,6 +108,10 @@ def test_a_stream_comes_alive_and_goes(visit: Visit, service, camera: SimulatorP
     page.wait_for_function(f"([image, first]) => ({PICTURE})(image) !== first", arg=[live.element_handle(), first])
     expect(tile.locator(".label")).not_to_have_text("–", timeout=10_000)
     expect(tile.locator('[data-figure="latency"]')).to_contain_text("ms", timeout=10_000)
+    tile.get_by_text("Recognised", exact=True).hover()
+    tip = tile.locator('[data-figure="models-tip"]')
+    expect(tip).to_be_visible()
+    expect(tip).to_have_text(re.compile(r"^motion9: a result for every frame, [\d.,]+ ms each$"))
 
     row = page.locator(".event:not(.state)", has_text=stream).first
     expect(row).to_be_visible(timeout=30_000)
