@@ -1,25 +1,36 @@
 """Evaluation with real processes: Ray workers, kills, data sets from their annotations, real clips."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import psutil
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
 
 from pipelines.datasets import VideoRecord
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import Facts, evaluate, run_evaluation
+from pipelines.prepare import prepare
 from pipelines.ray_local import ray_session
 from pipelines.scoring import Videos
+from tests.assets.make import make_miniature
 from tsm_core.checkpoints import load_model, save_model
 from tsm_core.model import build
-from tsm_core.preprocess import PreprocessSpec
-from tsm_core.recipes import Recipe, Views
+from tsm_core.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec
+from tsm_core.recipes import RECIPES, Recipe, Views, find_recipe
 
+CLIPS = Path(os.environ.get("TSM_VIDEOS_DIR", Path(__file__).resolve().parents[3] / "shared" / "videos"))
 CENTER = Views(crop_px=48)
 TINY = Recipe(
     "tiny",
@@ -124,3 +135,188 @@ def test_workers_equal_one_process_though_one_is_killed(ray, tiny, folders):
     while workers() and time.monotonic() < until:
         time.sleep(0.1)
     assert not workers()
+
+
+# ---- kill -9
+
+SLOWLY = """
+import sys, time
+from pipelines.evaluate import run_evaluation
+import torch
+torch.set_num_threads(1)
+model, listed, out = sys.argv[1:]
+run_evaluation("tiny", model, list_file=listed, crop_px=48, out=out, loaders=1, on_progress=lambda *_: time.sleep(0.1))
+"""
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(tiny, folders, tmp_path):
+    listed, out = folders.root / "list.txt", tmp_path / "result.json"
+    listed.write_text("".join(f"{each.path} {each.frames} {each.label}\n" for each in folders.records))
+    journal = tmp_path / "result.json.journal"
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, str(tiny), str(listed), str(out)])
+    until = time.monotonic() + 60
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    with journal.open("ab") as file:
+        file.write(b'[{"index": 99, "pa')  # as if it had been killed in the middle of a line
+    run = partial(run_evaluation, "tiny", tiny, list_file=listed, crop_px=48)
+    whole, resumed = run(), run(out=out, resume=True, predictions=tmp_path / "all.jsonl")
+    assert 11 <= resumed["run"]["taken_from_journal"] < 60
+    assert {**resumed, "run": 0} == {**whole, "run": 0}
+    assert whole["counts"]["skipped"] == 1
+    run(out=tmp_path / "other.json", predictions=tmp_path / "other.jsonl")
+    assert (tmp_path / "all.jsonl").read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+    assert json.loads(out.read_text()) == resumed
+
+
+# ---- the seven data sets: annotations -> lists -> figures
+
+
+def shown(path: Path, wanted: int, template: str, start: int) -> list[Image.Image]:
+    """The middles of the segments of a folder or file, which is decoded from its beginning to its end."""
+    if path.is_dir():
+        names = [path / template.format(start + number) for number in range(len(list(path.iterdir())))]
+        frames = [Image.open(name).convert("RGB") for name in names]
+    else:
+        with av.open(str(path)) as film:
+            frames = [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in film.decode(video=0)]
+    return [frames[int((number + 0.5) * len(frames) / wanted)] for number in range(wanted)]
+
+
+def prepared(frames: list[Image.Image], recipe: Recipe, px: int) -> Tensor:
+    """(1, T, 3, px, px): short side 256, the middle, normalised."""
+    width, height = frames[0].size
+    short = min(width, height)
+    if recipe.convention == "mit":
+        size = 256 * width // short, 256 * height // short
+        pictures = [frame.resize(size, Image.Resampling.BILINEAR) for frame in frames]
+        clip = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).float()
+        x, y = round((clip.shape[3] - px) / 2), round((clip.shape[2] - px) / 2)
+    else:
+        size = int(256 / short * height + 0.5), int(256 / short * width + 0.5)
+        pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2).float()
+        clip = functional.interpolate(pixels, size, mode="bilinear").round()
+        x, y = (clip.shape[3] - px) // 2, (clip.shape[2] - px) // 2
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((clip[:, :, y : y + px, x : x + px] / 255 - mean) / std)[None]
+
+
+def teach(features: Tensor, classes: list[int], of: int) -> tuple[Tensor, Tensor]:
+    """A classifier that takes each of these features for the class beside it, of so many: (weight, bias)."""
+    middle = features.mean(0)
+    known = torch.cat([features - middle, features.new_ones(len(features), 1)], dim=1).double()
+    wanted = torch.zeros(len(features), of).double()
+    wanted[range(len(features)), classes] = 8.0
+    solved = torch.linalg.pinv(known) @ wanted
+    weight, bias = solved[:-1].T.float(), solved[-1].float()
+    return weight, bias - weight @ middle
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "kind", "ends"),
+    [
+        ("kinetics400", "tsm_r50_1x1x8_50e_kinetics400_rgb__340x256", "rawframes", "safetensors"),
+        ("sthv1", "tsm_r50_1x1x8_50e_sthv1_rgb", "rawframes", "safetensors"),
+        ("sthv1", "TSM_something_RGB_resnet50_shift8_blockres_avg_segment8_e45", "rawframes", "pth"),
+        ("sthv2", "tsm_r50_1x1x8_50e_sthv2_rgb", "videos", "safetensors"),
+        ("jester", "tsm_r50_1x1x8_50e_jester_rgb", "rawframes", "safetensors"),
+        ("diving48", "tsm_r50_video_1x1x8_50e_diving48_rgb", "videos", "safetensors"),
+        ("hmdb51", "tsm_k400_pretrained_r50_1x1x8_25e_hmdb51_rgb", "rawframes", "safetensors"),
+        ("ucf101", "tsm_k400_pretrained_r50_1x1x8_25e_ucf101_rgb", "videos", "safetensors"),
+    ],
+)
+def test_a_miniature_of_each_data_set_has_the_accuracy_worked_out_beside(dataset, name, kind, ends, tmp_path):
+    made = make_miniature(dataset, tmp_path, videos_per_class=1, broken=dataset in ("kinetics400", "ucf101"))
+    prepare(dataset, tmp_path)
+    recipe = find_recipe(name)
+    torch.manual_seed(0)
+    model = build(recipe).eval()
+
+    good = [video for video in made.videos if video.part == "val" and not video.fault]
+    home = made.home / made.row.folder(kind, "val")
+    paths = [home / (video.path + (made.suffix if kind == "videos" else "")) for video in good]
+    truth = [recipe.labels.index(made.row.labels[video.label]) for video in good]
+    body = build(recipe).eval()
+    body.load_state_dict(model.state_dict())
+    body.net.fc = nn.Identity()
+    px = recipe.efficient.crop_px
+    with torch.no_grad():
+        clips = [prepared(shown(path, 8, made.row.template, made.row.start), recipe, px) for path in paths]
+        features = torch.cat([body(clip) for clip in clips])
+        wrong = (truth[2] + 1) % len(recipe.labels)
+        weight, bias = teach(features, [truth[0], truth[1], wrong], len(recipe.labels))
+        model.net.fc.weight.copy_(weight)
+        model.net.fc.bias.copy_(bias)
+        shares = (features @ weight.T + bias).softmax(1)
+    first = [int(row.argmax()) for row in shares]
+    assert first == [truth[0], truth[1], wrong]
+    judged = set(truth) if recipe.convention == "mit" else {*truth, *first}  # each true class has one video
+
+    file = tmp_path / f"weights.{ends}"
+    if ends == "pth":
+        torch.save(model.net.state_dict(), file)
+    else:
+        save_model(file, model)
+    told: list[tuple[int, int]] = []
+    result = run_evaluation(
+        name,
+        file,
+        data_root=tmp_path,
+        kind=kind,
+        predictions=tmp_path / "all.jsonl",
+        max_skipped=0.8,
+        on_progress=lambda done, total, _: told.append((done, total)),
+    )
+    assert result["metrics"]["top1_acc"] == pytest.approx(2 / 3)
+    assert result["metrics"]["mean_class_accuracy"] == pytest.approx(2 / len(judged))
+    assert result["counts"]["tested"] == 3
+    assert (result["counts"]["skipped"] > 0) == any(video.fault for video in made.videos)
+    assert told[-1] == (result["counts"]["listed"],) * 2
+    found = {each["path"]: each for each in map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())}
+    for path, row in zip(paths, shares, strict=True):
+        best = found[str(path.relative_to(home))]["top"][0]
+        assert (best["class"], best["probability"]) == (int(row.argmax()), pytest.approx(float(row.max()), abs=0.02))
+
+
+# ---- real clips
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips are not on this machine (TSM_VIDEOS_DIR)")
+@pytest.mark.parametrize(
+    "name", ["tsm_r50_1x1x8_50e_kinetics400_rgb__ss256", "tsm_mobilenetv2_dense_1x1x8_100e_kinetics400_rgb"]
+)
+def test_real_clips_in_all_kinds_of_views(name, tmp_path):
+    """Ten crops, three crops of two clips, and ten dense clips, with progress; no weights, so no figure to expect."""
+    listed = tmp_path / "clips.txt"
+    listed.write_text("k400_cleaning_pool.mp4 cleaning pool\nk400_flipping_pancake.mkv flipping pancake\n")
+    torch.manual_seed(0)
+    save_model(tmp_path / "random.safetensors", build(RECIPES[name]))
+    few = 1 if "r50" in name else 2  # one view of an R50 takes half a second here
+    settings = (
+        (Views("uniform", "center"), 2),
+        (Views("twice", "three", 256), 2),
+        (Views("uniform", "ten"), few),
+        (Views("dense", "center"), few),
+    )
+    for views, count in settings:
+        told: list[tuple[int, int, Facts]] = []
+        result = run_evaluation(
+            name,
+            tmp_path / "random.safetensors",
+            list_file=listed,
+            prefix=CLIPS,
+            clips=views.clips,
+            crop=views.crop,
+            limit=count,
+            on_progress=lambda *facts, told=told: told.append(facts),
+        )
+        assert result["counts"]["views"] == count * views.total
+        assert result["views"]["crop_px"] == views.crop_px
+        assert [(done, total) for done, total, _ in told] == [(step, count) for step in range(count + 1)]
+        assert told[-1][2].videos_per_s > 0
+        assert 0 <= result["metrics"]["top1_acc"] <= 1
