@@ -17,7 +17,7 @@ import httpx
 import typer
 from typer.core import TyperGroup
 
-from services.cli_zoo import data_app, model_folders, models_app, recipes_app
+from services.cli_zoo import data_app, evaluate, model_folders, models_app, recipes_app
 from services.settings import load_settings
 from services.tables import print_table
 from tsm_core.checkpoints import load_model
@@ -80,6 +80,7 @@ app.add_typer(events_app, name="events")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+app.command("evaluate")(evaluate)
 
 Server = Annotated[str, typer.Option("--server", envvar="TSM_SERVER", help="address of the service")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]

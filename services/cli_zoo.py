@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,8 +19,10 @@ from services.settings import Settings, load_settings
 from services.tables import print_table
 from tsm_core.checkpoints import import_checkpoint, load_backbone, load_model, read_card, save_model
 from tsm_core.cost import multiply_adds, parameters
+from tsm_core.labels import Convention
 from tsm_core.model import build
-from tsm_core.recipes import RECIPES, Accuracy, Recipe, find_recipe
+from tsm_core.preprocess import Crop
+from tsm_core.recipes import RECIPES, Accuracy, Clips, Recipe, find_recipe
 from tsm_core.zoo import available_models, find_model
 
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes: all that names and reproduces a model.")
@@ -373,6 +377,104 @@ def extract_frames(
             typer.echo(f"failed: {path}: {why}")
     if report.failed:
         raise typer.Exit(1)
+
+
+# evaluation
+
+
+def evaluate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE")],
+    checkpoint: Annotated[str, typer.Argument(help="model file, public checkpoint, or name of a model at hand")],
+    data: Annotated[Path | None, typer.Option("--data", help="folder that holds the data set's folder")] = None,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--eval", help="top_k_accuracy, mean_class_accuracy; default: both")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[METRIC]...", help="further --eval metrics")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="result as JSON; its journal lies beside it")] = None,
+    views: Annotated[Literal["efficient", "accurate"], typer.Option(help="the recipe's setting")] = "efficient",
+    clips: Annotated[Clips | None, typer.Option(help="uniform, twice or dense, in place of the setting's")] = None,
+    crop: Annotated[Crop | None, typer.Option(help="center, three or ten, in place of the setting's")] = None,
+    crop_px: Annotated[int | None, typer.Option("--crop-px", help="side of the crop")] = None,
+    part: Annotated[Part, typer.Option(help="train or val")] = "val",
+    split: Annotated[int, typer.Option(help="of a data set with several")] = 1,
+    kind: Annotated[Kind | None, typer.Option("--kind", help="rawframes or videos; default: the recipe's")] = None,
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="any list: `path label` or `path frames label`, one a line")
+    ] = None,
+    prefix: Annotated[Path | None, typer.Option(help="with --list: folder of its paths; default: the list's")] = None,
+    list_order: Annotated[
+        Convention | None, typer.Option("--list-order", help="with --list: whose order its label numbers have")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="only so many videos, the first")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="a JSON line per video")] = None,
+    confusion: Annotated[Path | None, typer.Option(help="picture of the confusion matrix, .png")] = None,
+    per_class: Annotated[Path | None, typer.Option("--per-class", help="table of the classes, .csv or .md")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where a run with the same --out stopped")] = False,
+    workers: Annotated[int, typer.Option(help="share the list among so many Ray workers")] = 0,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of each worker; default: what there is")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: this machine")] = None,
+    batch: Annotated[int | None, typer.Option(help="views at a time; default: 1 on a CPU, 32 on a GPU")] = None,
+    loaders: Annotated[int | None, typer.Option(help="processes that decode ahead")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="end at the first video that cannot be read")] = False,
+    max_skipped: Annotated[
+        float, typer.Option("--max-skipped", help="largest share of videos that may be unreadable")
+    ] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Test a checkpoint on listed videos as its authors do: top-1, top-5, mean class accuracy."""
+    from pipelines.evaluate import run_evaluation
+    from pipelines.progress import ProgressBar
+    from pipelines.results import METRICS
+
+    with ProgressBar() as bar:
+        result = run_evaluation(
+            recipe,
+            checkpoint,
+            data_root=data,
+            part=part,
+            split=split,
+            kind=kind,
+            list_file=list_file,
+            prefix=prefix,
+            list_order=list_order,
+            limit=limit,
+            views=views,
+            clips=clips,
+            crop=crop,
+            crop_px=crop_px,
+            metrics=[*(evaluations or []), *(more or [])] or METRICS,
+            out=out,
+            predictions=predictions,
+            confusion=confusion,
+            per_class=per_class,
+            resume=resume,
+            model_dirs=model_folders(load_settings()),
+            command=shlex.join(["tsm", *sys.argv[1:]]),
+            workers=workers,
+            gpus=gpus,
+            address=address,
+            batch=batch,
+            loaders=loaders,
+            device=device,
+            on_error="raise" if strict else "skip",
+            max_skipped=max_skipped,
+            on_progress=bar,
+        )
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    counts = result["counts"]
+    typer.echo(f"{counts['tested']} of {counts['listed']} videos, {result['views']['per_video']} views each")
+    for name, value in result["percent"].items():
+        typer.echo(f"{name:<20} {value:.2f} %")
+    for fault in result["skipped"]["videos"][:EXAMPLES]:
+        typer.echo(f"skipped: {fault['path']}: {fault['error']}")
+    if page := result["published"]:
+        shown = _score(Accuracy(page["top1"], page["top5"]))
+        typer.echo(f"{page['source']} reports {shown} in its {page['setting']} setting, {page['note']}")
+    if out is not None:
+        typer.echo(f"written to {out}")
 
 
 # helpers

@@ -181,6 +181,34 @@ def test_a_data_set_is_listed_and_checked(tmp_path: Path):
         assert f"(reason: {reason})" in refused.stderr
 
 
+def test_a_checkpoint_is_tested(theirs: Path, tmp_path: Path):
+    make_miniature("ucf101", tmp_path, videos_per_class=1, classes=2)
+    assert tsm("data", "prepare", "ucf101", "--data", str(tmp_path), "--split", "1").exit_code == 0
+    base = ["evaluate", UCF, str(theirs), "--data", str(tmp_path), "--out", str(tmp_path / "result.json")]
+    done = tsm(*base, "--eval", "top_k_accuracy", "mean_class_accuracy", "--confusion", str(tmp_path / "c.png"))
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 videos, 1 views each" in done.stdout
+    assert "MMAction2 v0.24.1 reports top-1 94.5 %, top-5 99.58 %" in done.stdout
+    assert "not measured here" in done.stdout
+    assert "2/2 videos" in done.stderr  # how far it is
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["metrics"]) == {"top1_acc", "top5_acc", "mean_class_accuracy"}
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    again = tsm(*base, "--eval", "top_k_accuracy", "--resume", "--json")
+    assert json.loads(again.stdout)["metrics"] == {
+        name: value for name, value in result["metrics"].items() if name != "mean_class_accuracy"
+    }
+    for arguments, reason in (
+        (["--eval", "recall"], "bad_evaluation"),
+        (["--list", "nothing.txt"], "no_list"),
+        (["--kind", "videos", "--split", "2"], "no_list"),
+        (["--crop", "three", "--crop-px", "224"], "crop_does_not_fit"),
+    ):
+        refused = tsm(*base, *arguments)
+        assert refused.exit_code == 2, arguments
+        assert f"(reason: {reason})" in refused.stderr
+
+
 def test_a_stream_option_needs_its_model():
     refused = tsm("streams", "add", "--uri", "rtsp://127.0.0.1/x", "--stride-s", "1")
     assert refused.exit_code == 2
