@@ -43,7 +43,7 @@ class Moving:
 
 
 TRAINING = Training(
-    epochs=2, milestones=(1,), lr=0.05, lr_batch=8, batch=8, gpus=2, flip=False, init="none", validate_epochs=1
+    epochs=2, milestones=(1,), lr=0.02, lr_batch=8, batch=8, gpus=2, flip=False, init="none", validate_epochs=1
 )
 RECIPE = Recipe(
     "moving_uni",
