@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ ENVIRONMENT = {
 }
 LEAST_CPUS = 4  # Ray counts CPUs to place actors; ours share what there is
 OBJECT_STORE_BYTES = 100 << 20  # nothing large travels through Ray
+ANSWER_S = 10.0  # longest that a cluster may take to accept a connection
 LONGEST_TEMP_PATH = 40  # a Unix socket's whole path holds 107 characters
 
 
@@ -46,11 +48,7 @@ def ray_session(address: str | None = None, *, cpus: int = LEAST_CPUS, gpus: int
     that connection serves. Raises RayNotStarted.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    for name, value in ENVIRONMENT.items():
-        if address == "local":
-            os.environ[name] = value
-        elif name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
-            os.environ.setdefault(name, value)  # the rest is the cluster's business
+    _set_environment(address)
     ray: Any = importlib.import_module("ray")
     if ray.is_initialized():
         yield ray
@@ -70,16 +68,45 @@ def ray_session(address: str | None = None, *, cpus: int = LEAST_CPUS, gpus: int
                 "_temp_dir": str(folder),
                 "_node_ip_address": "127.0.0.1",
             }
+        else:
+            _check_answers(address)
         with own_signals():
-            try:
-                ray.init(address=address, **quiet)
-            except Exception:  # noqa: BLE001  ray waits 30 s for its parts; a loaded machine may exceed that once
-                ray.shutdown()
+            # ray waits 30 s for its parts; a loaded machine may exceed that once
+            for last in (False, True) if address == "local" else (True,):
                 try:
                     ray.init(address=address, **quiet)
+                    break
                 except Exception as error:  # noqa: BLE001  ray raises the bare class when a part does not come up
-                    raise RayNotStarted(f"Ray ({address}) cannot be used: {str(error).strip()[-600:]}") from None
+                    ray.shutdown()
+                    if last:
+                        raise RayNotStarted(f"Ray ({address}) cannot be used: {str(error).strip()[-600:]}") from None
         yield ray
+
+
+def _set_environment(address: str) -> None:
+    if address == "local":
+        os.environ.update(ENVIRONMENT)
+        return
+    # a cluster decides for itself, but one that is bound to loopback was started as here
+    own = _host_and_port(address)[0] in ("127.0.0.1", "localhost", "::1")
+    for name in ENVIRONMENT if own else ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
+        os.environ.setdefault(name, ENVIRONMENT[name])
+
+
+def _check_answers(address: str) -> None:
+    """Raises RayNotStarted when nobody is there: Ray itself would wait for minutes."""
+    host, port = _host_and_port(address)
+    if port is None:
+        return  # `auto`, which Ray looks up
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_S).close()
+    except OSError as error:
+        raise RayNotStarted(f"no Ray cluster answers at {address} ({error.strerror or error})") from None
+
+
+def _host_and_port(address: str) -> tuple[str, int | None]:
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    return host.strip("[]"), int(port) if port.isdigit() else None
 
 
 @contextlib.contextmanager
