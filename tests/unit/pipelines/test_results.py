@@ -121,7 +121,7 @@ def test_the_result_says_everything(videos, model, tmp_path):
         "top1": 70.5,
         "top5": None,
         "same_checkpoint": False,
-        "note": "reported by a page for its own checkpoint on all validation videos; not measured here",
+        "note": "for its own checkpoint on all validation videos; not measured here",
     }
     assert result["run"]["command"] == "tsm evaluate tiny"
     assert set(result["run"]["versions"]) == {"tsm-live", "python", "torch", "av"}
