@@ -23,7 +23,8 @@ from pipelines.datasets import VideoRecord
 from pipelines.evaluate import Facts, evaluate, run_evaluation
 from pipelines.prepare import prepare
 from pipelines.ray_local import ray_session
-from pipelines.scoring import Videos
+from pipelines.scoring import DecoderDied, Videos
+from pipelines.sharing import WorkersDied
 from tests.assets.make import make_miniature
 from tsm_core.checkpoints import load_model, save_model
 from tsm_core.model import build
@@ -76,6 +77,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Videos:
             Image.fromarray(noise).resize((90, 70)).save(folder / f"img_{frame:05}.jpg")
         records.append(VideoRecord(folder.name, number % 6, 8))
     return Videos(tuple(records), root)
+
+
+def write_list(videos: Videos, path: Path) -> Path:
+    path.write_text("".join(f"{each.path} {each.frames} {each.label}\n" for each in videos.records))
+    return path
 
 
 # ---- Ray
@@ -137,7 +143,59 @@ def test_workers_equal_one_process_though_one_is_killed(ray, tiny, folders):
     assert not workers()
 
 
-# ---- kill -9
+def test_an_address_is_joined_and_its_cluster_left_as_it_was(ray, tiny, folders, tmp_path):
+    listed, out = write_list(folders, tmp_path / "list.txt"), tmp_path / "result.json"
+    address = ray.get_runtime_context().gcs_address
+    code = "import sys; from pipelines.evaluate import run_evaluation as run; model, listed, root, out = sys.argv[1:]; "
+    code += "run('tiny', model, list_file=listed, prefix=root, limit=20, crop_px=48, workers=1, out=out)"
+    subprocess.run(
+        [sys.executable, "-c", code, str(tiny), str(listed), str(folders.root), str(out)],
+        env={**os.environ, "RAY_ADDRESS": address},
+        check=True,
+        timeout=120,
+    )
+    alone = run_evaluation("tiny", tiny, list_file=listed, prefix=folders.root, limit=20, crop_px=48)
+    assert {**json.loads(out.read_text()), "run": 0} == {**alone, "run": 0}
+    assert ray.cluster_resources()["CPU"] == 4
+
+
+def test_a_video_that_kills_every_worker_is_named(ray, tiny, folders, tmp_path):
+    (tmp_path / "poison").mkdir()
+    for frame in range(1, 9):
+        Image.new("RGB", (90, 70), "white").save(tmp_path / "poison" / f"img_{frame:05}.jpg")
+    (tmp_path / "good").symlink_to(folders.root / "00")
+    records = tuple(VideoRecord(name, 0, 8) for name in ("good", "poison"))
+
+    def load(device: str) -> nn.Module:
+        """A model that ends its process when it sees nothing but white."""
+        model = load_model(tiny, device)
+        model.register_forward_pre_hook(lambda _, clips: os._exit(1) if clips[0].min() > 1.5 else None)
+        return model
+
+    told = []
+    with pytest.raises(WorkersDied, match="3 workers died on poison"):
+        evaluate(
+            load, TINY, Videos(records, tmp_path), CENTER, workers=1, on_progress=lambda done, *_: told.append(done)
+        )
+    assert told == [0, 1]
+    assert not workers()
+
+
+# ---- what ends all the same, and goes on
+
+
+def test_a_decoder_that_dies_is_told(tiny, folders):
+    before = {process.pid for process in psutil.Process().children()}
+
+    def kill(done, *_):
+        if done == 5:
+            for process in psutil.Process().children():
+                if process.pid not in before:
+                    process.kill()
+
+    with pytest.raises(DecoderDied, match="--resume goes on"):
+        evaluate(load_model(tiny), TINY, folders, CENTER, loaders=1, on_progress=kill)
+
 
 SLOWLY = """
 import sys, time
@@ -150,8 +208,7 @@ run_evaluation("tiny", model, list_file=listed, crop_px=48, out=out, loaders=1, 
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(tiny, folders, tmp_path):
-    listed, out = folders.root / "list.txt", tmp_path / "result.json"
-    listed.write_text("".join(f"{each.path} {each.frames} {each.label}\n" for each in folders.records))
+    listed, out = write_list(folders, folders.root / "list.txt"), tmp_path / "result.json"
     journal = tmp_path / "result.json.journal"
     process = subprocess.Popen([sys.executable, "-c", SLOWLY, str(tiny), str(listed), str(out)])
     until = time.monotonic() + 60
