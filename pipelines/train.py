@@ -33,6 +33,7 @@ from pipelines.curves import save_curves
 from pipelines.init_weights import init_model
 from pipelines.learner import Learning, Team
 from pipelines.optim import lr_share
+from pipelines.ray_local import ray_session
 from pipelines.training_data import ClipOptions, NothingReadable
 from pipelines.training_job import AMP, BadOptions, Job, Options, TrainResult, new_job
 from pipelines.work_dir import LAST, WorkDir, is_uri
@@ -42,6 +43,8 @@ from tsm_core.recipes import Recipe, find_recipe
 
 FORMAT = 1  # of checkpoints
 HALVINGS = 16  # of the scale of fp16, 65536 at first, until it is 1
+LISTEN_S = 0.3
+LOOK_S = 0.5  # between two looks of Ray Train at its workers; a report waits for the next one
 POINTS = 20  # of the loss curve in an epoch
 TOLD = 5  # unreadable videos that are named; the others are counted
 COLUMNS = (
@@ -590,10 +593,150 @@ def _stopped_by_signal() -> Iterator[Callable[[], bool]]:
         restore()
 
 
+class _Desk:
+    """Where the workers of a training and the program that started it leave word for each other."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._error: TSMError | None = None
+        self._stop = False
+
+    def say(self, line: str) -> None:
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self._lines = self._lines, []
+        return lines
+
+    def fail(self, error: TSMError) -> None:
+        self._error = self._error or error
+
+    def error(self) -> TSMError | None:
+        return self._error
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def stopping(self) -> bool:
+        return self._stop
+
+
+def _in_worker(told: dict[str, Any]) -> TrainResult | None:
+    """What each worker of Ray Train does; errors meant for people go to the desk, others are Ray's to deal with."""
+    ray, train = importlib.import_module("ray"), importlib.import_module("ray.train")
+    desk, context = told["desk"], train.get_context()
+    if ray.get(desk.error.remote()) is not None:
+        return None  # Ray starts workers again whatever ended them
+    torch.set_num_threads(told["threads"])
+    asked: list[Any] = []
+
+    def stopping() -> bool:
+        """What the desk said, without waiting for it to say so again."""
+        if context.get_world_rank():
+            return False
+        if not asked:
+            asked.append(desk.stopping.remote())
+        if not ray.wait(asked, timeout=0)[0]:
+            return False
+        return bool(ray.get(asked.pop()))
+
+    team = Team(
+        context.get_world_rank(),
+        context.get_world_size(),
+        str(importlib.import_module("ray.train.torch").get_device()) if told["gpus"] else "cpu",
+        say=lambda line: ray.get(desk.say.remote(line)),
+        report=train.report,
+        stopping=stopping,
+    )
+    try:
+        return fit(told["job"], team)
+    except TSMError as error:
+        ray.get(desk.fail.remote(error))
+        if team.agreed:
+            return None
+        raise  # the others wait for this one, until Ray ends them
+
+
 def _train_with_ray(
     job: Job, workers: int, gpus: int | None, address: str | None, max_failures: int, say: Callable[[str], None]
 ) -> TrainResult:
-    raise NotImplementedError
+    """Ray Train around `fit`."""
+    if (address or os.environ.get("RAY_ADDRESS") or "local") == "local":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # as all of a single machine's Ray
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(LOOK_S))
+    with contextlib.ExitStack() as stack:
+        ray = stack.enter_context(ray_session(address, cpus=workers + 1))
+        train, train_torch = importlib.import_module("ray.train"), importlib.import_module("ray.train.torch")
+        there = ray.cluster_resources()
+        if gpus and there.get("GPU", 0) < workers:
+            raise BadOptions(f"{workers} workers with a GPU each, and there are {there.get('GPU', 0):g}")
+        on_gpu = there.get("GPU", 0) >= workers if gpus is None else gpus > 0
+        cpus = max(0.1, min(1.0, (there.get("CPU", 1) - 1) / workers))
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=here).remote()
+        stack.callback(ray.kill, desk)
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        trainer = train_torch.TorchTrainer(
+            _in_worker,
+            train_loop_config={"job": job, "desk": desk, "gpus": on_gpu, "threads": threads},
+            torch_config=train_torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            scaling_config=train.ScalingConfig(
+                num_workers=workers,
+                use_gpu=on_gpu,
+                resources_per_worker={"CPU": cpus, **({"GPU": 1} if on_gpu else {})},
+            ),
+            run_config=train.RunConfig(
+                name=name,
+                storage_path=f"{job.work_dir.rstrip('/')}/ray",
+                failure_config=train.FailureConfig(max_failures=max_failures),
+            ),
+        )
+        asked = stack.enter_context(_stopped_by_signal())
+        stack.enter_context(_listening(ray, desk, asked, say))
+        try:
+            result = trainer.fit()
+        except train.TrainingFailedError as error:
+            raise _meant(ray, desk) or TrainingFailed(
+                f"workers failed more than {max_failures} times (--max-failures): {str(error).strip()[-1000:]}"
+            ) from None
+        if (meant := _meant(ray, desk)) is not None:
+            raise meant
+        found: TrainResult = result.return_value
+        return found
+
+
+def _meant(ray: Any, desk: Any) -> TSMError | None:
+    error: TSMError | None = ray.get(desk.error.remote())
+    return error
+
+
+@contextlib.contextmanager
+def _listening(ray: Any, desk: Any, asked: Callable[[], bool], say: Callable[[str], None]) -> Iterator[None]:
+    """Says what workers say, and tells them to stop, for as long as this lasts."""
+    over = threading.Event()
+
+    def listen() -> None:
+        told = False
+        while True:
+            ended = over.wait(LISTEN_S)
+            if asked() and not told:
+                told = True
+                desk.stop.remote()
+            for line in ray.get(desk.take.remote()):
+                say(line)
+            if ended:
+                return
+
+    thread = threading.Thread(target=listen, name="listening", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(10)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -687,4 +830,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # by its name, so that other processes find there what is sent to them
+    sys.exit(importlib.import_module("pipelines.train").main())
