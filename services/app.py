@@ -6,25 +6,13 @@ import contextlib
 import importlib
 import logging
 import os
-import shutil
-import signal
 import socket
-import tempfile
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-# Read by ray as it is imported, so they stand before it. Without RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 a single machine's
-# Ray takes the address of its network card and listens to the world; with it, it knows only loopback.
-os.environ.update(
-    RAY_AUTH_MODE="disabled",
-    RAY_USAGE_STATS_ENABLED="0",
-    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
-    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-    RAY_SERVE_LOG_TO_STDERR="0",
-    RAY_worker_niceness="0",  # live pictures do not wait for whatever else the machine computes
-)
+from pipelines.ray_local import ENVIRONMENT, LEAST_CPUS, ray_session
+
+os.environ.update(ENVIRONMENT)  # read by ray as it is imported
 
 import ray
 import uvicorn
@@ -42,9 +30,6 @@ from services.store import open_store
 from tsm_core.errors import CallerError, WorldError
 
 APPLICATION = "tsm"
-LEAST_CPUS = 4  # Ray counts CPUs to place actors; ours share what there is
-OBJECT_STORE_BYTES = 100 << 20  # nothing large travels through Ray
-LONGEST_TEMP_PATH = 40  # a Unix socket's whole path holds 107 characters
 
 
 class PortTaken(CallerError):
@@ -240,47 +225,16 @@ class Service:
         self.stop()
 
     def _start_ray(self, settings: Settings, stack: contextlib.ExitStack, port: int) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="tsm-", dir=_temp_folder()))
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        cpus = max(LEAST_CPUS, os.cpu_count() or 1, int(settings.engine.replicas * settings.engine.num_cpus) + 1)
+        cpus = max(LEAST_CPUS, int(settings.engine.replicas * settings.engine.num_cpus) + 1)
         quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
-        stack.callback(ray.shutdown)  # before the start: one that fails half-way is ended too
-        options: dict[str, Any] = {
-            "address": "local",
-            "num_cpus": cpus,
-            "num_gpus": None if settings.engine.num_gpus else 0,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-            "_temp_dir": str(folder),
-            "_node_ip_address": "127.0.0.1",
-        }
         try:
-            with own_signals():
-                try:
-                    ray.init(**options)
-                except Exception:  # noqa: BLE001  ray waits 30 s for its parts; a loaded machine may exceed that once
-                    ray.shutdown()
-                    ray.init(**options)
+            stack.enter_context(ray_session("local", cpus=cpus, gpus=None if settings.engine.num_gpus else 0))
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config=quiet)
             stack.callback(serve.shutdown)
             serve.run(application(settings, port), name=APPLICATION, route_prefix="/", logging_config=quiet)
         except Exception as error:  # noqa: BLE001  ray raises the bare class when a part of it does not come up
             raise ServiceNotStarted(f"the service does not start: {str(error).strip()[-600:]}") from None
-
-
-@contextlib.contextmanager
-def own_signals() -> Iterator[None]:
-    """Ray puts handlers of its own on SIGTERM and others, which end the process without a stop: ours come back."""
-    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in ours.items():
-                signal.signal(number, handler)
 
 
 def _embedded_store(settings: StoreSettings, stack: contextlib.ExitStack) -> StoreSettings:
@@ -321,9 +275,3 @@ def _listen(host: str, port: int) -> socket.socket:
 def _shown_host(host: str) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     return f"[{host}]" if ":" in host else host
-
-
-def _temp_folder() -> str:
-    """A folder whose path is short enough for Ray's sockets."""
-    folder = tempfile.gettempdir()
-    return folder if len(folder) <= LONGEST_TEMP_PATH else "/tmp"  # noqa: S108
