@@ -34,6 +34,7 @@ from pipelines.init_weights import init_model
 from pipelines.learner import Learning, Team
 from pipelines.optim import lr_share
 from pipelines.ray_local import ray_session
+from pipelines.rehearsal import dry_run, profile
 from pipelines.training_data import ClipOptions, NothingReadable
 from pipelines.training_job import AMP, BadOptions, Job, Options, TrainResult, new_job
 from pipelines.work_dir import LAST, WorkDir, is_uri
@@ -544,13 +545,7 @@ def run_training(
 
     Raises BadOptions, what `fit` raises, TrainingFailed, RayNotStarted.
     """
-    job = new_job(
-        find_recipe(recipe) if isinstance(recipe, str) else recipe,
-        _absolute(data),
-        _absolute(work_dir) or "",
-        options,
-        command,
-    )
+    job = find_job(recipe, data, work_dir, options, command)
     if workers < 1:
         raise BadOptions(f"workers {workers} must be at least 1")
     if workers > 1 or use_ray or address:
@@ -561,6 +556,18 @@ def run_training(
     with _stopped_by_signal() as stopping:
         device = "cuda" if cuda and gpus != 0 else "cpu"
         return fit(job, Team(device=device, say=say, stopping=stopping))
+
+
+def find_job(
+    recipe: Recipe | str,
+    data: Path | str | None,
+    work_dir: Path | str,
+    options: Options | None = None,
+    command: str = "",
+) -> Job:
+    """The job of a recipe, given by its name or whole. Raises UnknownRecipe, BadOptions."""
+    row = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    return new_job(row, _absolute(data), _absolute(work_dir) or "", options, command)
 
 
 def _absolute(place: Path | str | None) -> str | None:
@@ -776,6 +783,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--ray", action="store_true", help="run in Ray even with one worker")
     found.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else this machine)")
     found.add_argument("--max-failures", type=int, default=3, help="how often workers may die")
+    trial = found.add_mutually_exclusive_group()
+    trial.add_argument("--dry-run", action="store_true", help="recipe, first batch, memory and time; no training")
+    trial.add_argument("--profile", action="store_true", help="whether data or network is slower; no training")
     return found
 
 
@@ -808,7 +818,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max_skipped=given.max_skipped,
     )
     said = sys.argv[1:] if arguments is None else list(arguments)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
     try:
+        if given.dry_run or given.profile:
+            job = find_job(given.recipe, given.data, given.work_dir, options)
+            device = "cuda" if torch.cuda.is_available() and given.gpus != 0 else "cpu"
+            if given.dry_run:
+                dry_run(job, workers=given.workers, device=device, say=say)
+            else:
+                profile(job, device=device, say=say)
+            return 0
         result = run_training(
             given.recipe,
             data=given.data,
@@ -819,7 +841,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             use_ray=given.ray,
             address=given.address,
             max_failures=given.max_failures,
-            say=lambda line: print(line, flush=True),
+            say=say,
             command=shlex.join(["python", "-m", "pipelines.train", *said]),
         )
     except TSMError as error:

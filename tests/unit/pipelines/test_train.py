@@ -349,3 +349,15 @@ def test_command_tells_errors_in_a_line(tmp_path, capsys):
     assert main([row, "--work-dir", str(tmp_path / "run"), "--data", str(tmp_path / "none"), "--gpus", "0"]) == 2
     assert "none is no folder" in capsys.readouterr().err.replace("/sthv1", "")
     assert TRAINING.init == "none"
+
+
+def test_command_rehearses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(RECIPES, RECIPE.name, RECIPE)
+    words = [RECIPE.name, "--work-dir", str(tmp_path), "--gpus", "0", "--loaders", "0", "--workers", "2"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "memory of a worker" in capsys.readouterr().out
+    assert main([*words, "--profile"]) == 0
+    assert "bottleneck: " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["first_batch.png"]
+    assert main([*words[:-2], "--epochs", "1"]) == 0
+    assert "best.safetensors: 3 steps in" in capsys.readouterr().out
