@@ -183,7 +183,7 @@ def _listed(
         template or (row.template if row else TEMPLATE),
         row.start if row else 1,
     )
-    return videos, {"dataset": recipe.dataset, "data": kind, "part": None, "list": path.name}
+    return videos, {"dataset": None, "data": kind, "part": None, "list": path.name}
 
 
 def read_clips(path: Path | str, labels: Sequence[str], *, kind: Kind | None = None) -> list[VideoRecord]:

@@ -95,7 +95,7 @@ def test_the_result_says_everything(videos, model, tmp_path):
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
     assert result["recipe"] == "tiny"
     assert result["checkpoint"] == {"name": "tiny.safetensors", "sha256": digest, "source": None}
-    assert (result["dataset"], result["list"]) == ("", "list.txt")
+    assert (result["dataset"], result["list"]) == (None, "list.txt")
     assert result["views"] == {
         "setting": "accurate",
         "clips": "twice",
