@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -32,7 +33,8 @@ class ProgressBar:
             self._line(done, total, facts, words)
             return
         if self._bar is None:
-            self._bar = tqdm(total=total, initial=done, unit=" videos", file=self._file, dynamic_ncols=True)
+            columns, rows = shutil.get_terminal_size()  # tqdm shows nothing where the terminal says 0
+            self._bar = tqdm(total=total, initial=done, unit="video", file=self._file, ncols=columns, nrows=rows)
         self._bar.set_postfix_str(words, refresh=False)
         self._bar.update(done - self._bar.n)
 
