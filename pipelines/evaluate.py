@@ -21,7 +21,7 @@ from pipelines.decoding import UnreadableVideo
 from pipelines.journal import Journal, Prediction
 from pipelines.metrics import confusion_matrix
 from pipelines.results import METRICS, Outputs, machine, metric_values, published, setting_of, skipped, versions
-from pipelines.scoring import Groups, Loader, Trial, Videos, check_fit, score
+from pipelines.scoring import Groups, Loader, Trial, Videos, check_fit, decoders, score
 from tsm_core.errors import CallerError
 from tsm_core.labels import Convention
 from tsm_core.model import TSM, WindowTSM
@@ -101,7 +101,7 @@ def evaluate(
     check_fit(views, recipe)
     found = {} if journal is None else dict(journal.found)
     watch = _Watch(found, len(videos.records), max_skipped, on_progress)
-    with contextlib.ExitStack() as stack:
+    with decoders(), contextlib.ExitStack() as stack:
         results: Iterable[list[Prediction]] = ()
         if len(found) < len(videos.records):
             crew: Crew | None = None
@@ -287,6 +287,7 @@ def run_evaluation(
         "recipe": row.name,
         "checkpoint": {"name": file.name, "sha256": digest, "source": model.source or None},
         **told,
+        "list_sha256": identity["list"],
         "views": {
             "setting": setting_of(row, seen, views),
             **asdict(seen),
@@ -311,6 +312,7 @@ def run_evaluation(
             "videos_per_s": round((len(found) - resumed) / seconds, 3),
             "taken_from_journal": resumed,
             "workers": how.get("workers", 0),
+            "device": None if how.get("workers") else str(model.device),
             "command": command,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),

@@ -7,6 +7,8 @@ to run a test gives the same figures: in one process, in many, or in several goe
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -29,7 +31,8 @@ from tsm_core.recipes import CLIPS, CROPS, Recipe, Views
 
 RANKS = 5  # classes kept of each video
 
-Groups = list[tuple[int, ...]]
+Group = tuple[int, ...]  # indices of videos that go through the model together
+Groups = list[Group]
 Loader = Callable[[str], TSM | WindowTSM]  # device -> model
 
 
@@ -80,7 +83,7 @@ class Trial:
 
     @property
     def groups(self) -> Groups:
-        """Indices of the videos that go through the model together."""
+        """All videos, in the order of the list."""
         count = max(1, self.batch // self.views.total)
         total = len(self.videos.records)
         return [tuple(range(first, min(first + count, total))) for first in range(0, total, count)]
@@ -102,7 +105,7 @@ def check_fit(views: Views, recipe: Recipe) -> None:
         )
 
 
-def score(trial: Trial, model: TSM | WindowTSM, groups: Sequence[tuple[int, ...]]) -> Generator[list[Prediction]]:
+def score(trial: Trial, model: TSM | WindowTSM, groups: Sequence[Group]) -> Generator[list[Prediction]]:
     """The Predictions of one group after the other, decoding ahead of the model."""
     network = model.model if isinstance(model, WindowTSM) else model
     network.for_inference().to(trial.device)
@@ -180,10 +183,23 @@ def _decoded(trial: Trial, indices: list[int]) -> Iterator[VideoSample]:
     loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=min(trial.loaders, len(indices)))
     try:
         yield from loader
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if "Caught" in str(error):
+            raise  # from the process; these come from its end
+        with contextlib.suppress(RuntimeError):
+            time.sleep(1.0)  # torch's own word of it is under way, and is not to come amid something else
+        raise DecoderDied(_DIED.format("it left no more than half a video")) from None
+
+
+@contextlib.contextmanager
+def decoders() -> Iterator[None]:
+    """Around all that `score` is used in: torch tells by a signal, anywhere, that a process that decodes has died."""
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DecoderDied(
-            f"a process that decodes videos ended ({str(error).splitlines()[0]}); --resume goes on, and fewer "
-            "--loaders need less memory"
-        ) from None
+        raise DecoderDied(_DIED.format(str(error).splitlines()[0])) from None
+
+
+_DIED = "a process that decodes videos ended ({}); --resume goes on, and fewer --loaders need less memory"

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from pipelines.datasets import VideoRecord
 from pipelines.evaluate import Facts, evaluate, run_evaluation
-from pipelines.prepare import prepare
+from pipelines.prepare import check, prepare
 from pipelines.ray_local import ray_session
 from pipelines.scoring import DecoderDied, Videos
 from pipelines.sharing import WorkersDied
@@ -290,6 +290,8 @@ def teach(features: Tensor, classes: list[int], of: int) -> tuple[Tensor, Tensor
 def test_a_miniature_of_each_data_set_has_the_accuracy_worked_out_beside(dataset, name, kind, ends, tmp_path):
     made = make_miniature(dataset, tmp_path, videos_per_class=1, broken=dataset in ("kinetics400", "ucf101"))
     prepare(dataset, tmp_path)
+    checked = check(dataset, tmp_path, kind=kind, part="val", split=1, full=True)
+    assert checked.fine != any(video.fault for video in made.videos)
     recipe = find_recipe(name)
     torch.manual_seed(0)
     model = build(recipe).eval()
