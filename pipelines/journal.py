@@ -60,9 +60,10 @@ class Journal:
         try:
             # of the process, not inherited by those that it forks to decode
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise OtherJournal(f"{path} is being written by another evaluation; name another --out") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system knows no locks
+                self._file.close()
+                raise OtherJournal(f"{path} is being written by another evaluation; name another --out") from None
         try:
             self._begin({"format": FORMAT, **identity}, resume)
         except BaseException:
