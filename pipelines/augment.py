@@ -40,8 +40,9 @@ class ClipAugment:
     """
 
     def __init__(self, training: Training, spec: PreprocessSpec, *, worker_seed: int = 0) -> None:
-        if training.crop not in ("multi_scale", "random_resized"):
-            raise AugmentError(f"crop {training.crop!r} must be 'multi_scale' or 'random_resized'")
+        crops = {"multi_scale": ("multi_scale_crop",), "random_resized": ("random_resized_crop",), "none": ()}
+        if training.crop not in crops:
+            raise AugmentError(f"crop {training.crop!r} must be one of {', '.join(crops)}")
         policies = {
             "none": None,
             "imgaug_randaugment": ImgaugRandAugment(worker_seed),
@@ -58,7 +59,7 @@ class ClipAugment:
         first = "resize_short_side" if spec.resize == "short" else "resize_fixed"
         self.steps: tuple[str, ...] = (
             *((first,) if self._resize_first else ()),
-            "multi_scale_crop" if training.crop == "multi_scale" else "random_resized_crop",
+            *crops[training.crop],
             "resize_fixed",
             *(("flip",) if training.flip else ()),
             *((training.augment,) if self._policy else ()),
@@ -85,6 +86,8 @@ class ClipAugment:
         return pixels.contiguous(memory_format=torch.channels_last), label
 
     def _box(self, width: int, height: int, rng: Rng) -> tuple[int, int, int, int]:
+        if self.training.crop == "none":
+            return 0, 0, width, height
         if self.training.crop == "random_resized":
             return random_resized_box(width, height, rng)
         sizes = multi_scale_sizes(min(width, height), self.spec.input_px)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines.datasets import Kind, VideoRecord, find_dataset, open_list
 from pipelines.decoding import TEMPLATE, UnreadableVideo, open_frames
+from pipelines.motion8 import Motion8
 from pipelines.sampling import NothingToSample, test_indices, train_indices
 from tsm_core.errors import CallerError, TSMError
 from tsm_core.preprocess import PreprocessSpec, crop_views
@@ -93,7 +94,11 @@ class TrainingData(NamedTuple):
 
 
 Opener = Callable[[Recipe, Path | str | None, ClipOptions], TrainingData]
-OPENERS: dict[str, Opener] = {}  # by Recipe.dataset; any other is a list of videos
+OPENERS: dict[str, Opener] = {  # by Recipe.dataset; any other is a list of videos
+    "motion8": lambda recipe, _, options: TrainingData(
+        Motion8("train", options.frames or recipe.frames), Motion8("val", recipe.frames)
+    ),
+}
 
 
 def open_training_data(

@@ -695,7 +695,7 @@ def test_a_worker_can_be_sent_its_augmentation():
 
 def test_wrong_input_is_named():
     for wrong, said in (
-        ({"crop": "centre"}, "crop 'centre' must be 'multi_scale'"),
+        ({"crop": "centre"}, "crop 'centre' must be one of multi_scale"),
         ({"augment": "trivial"}, "augment 'trivial' must be one of none, imgaug"),
         ({"flip_pairs": ((0, 1), (1, 2))}, "name each class once"),
     ):

@@ -2,7 +2,16 @@ import pytest
 
 from tsm_core.labels import UnknownDataset, labels_of
 
-COUNTS = {"kinetics400": 400, "sthv1": 174, "sthv2": 174, "jester": 27, "diving48": 48, "hmdb51": 51, "ucf101": 101}
+COUNTS = {
+    "kinetics400": 400,
+    "sthv1": 174,
+    "sthv2": 174,
+    "jester": 27,
+    "diving48": 48,
+    "hmdb51": 51,
+    "ucf101": 101,
+    "motion8": 8,
+}
 
 
 @pytest.mark.parametrize(("dataset", "count"), COUNTS.items())
