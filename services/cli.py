@@ -17,7 +17,7 @@ import httpx
 import typer
 from typer.core import TyperGroup
 
-from services.cli_zoo import data_app, evaluate, model_folders, models_app, recipes_app
+from services.cli_zoo import PASSED_ON, data_app, evaluate, model_folders, models_app, recipes_app, train
 from services.settings import load_settings
 from services.tables import print_table
 from tsm_core.checkpoints import load_model
@@ -81,6 +81,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.command("evaluate")(evaluate)
+app.command("train", context_settings=PASSED_ON, add_help_option=False)(train)
 
 Server = Annotated[str, typer.Option("--server", envvar="TSM_SERVER", help="address of the service")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]

@@ -477,6 +477,18 @@ def evaluate(
         typer.echo(f"written to {out}")
 
 
+# training
+
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def train(context: typer.Context) -> None:
+    """Train a recipe, on this machine or on a Ray cluster; `tsm train --help` says how."""
+    from pipelines.train import main
+
+    raise typer.Exit(main(["--models", str(load_settings().models.folder), *context.args]))
+
+
 # helpers
 
 
