@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.augment import Blend, ClipAugment, soft_cross_entropy
 from pipelines.metrics import confusion_matrix, mean_class_accuracy, ranking, top_k_accuracy
 from pipelines.optim import freeze_norms, scaled_lr, set_rate, sgd
+from pipelines.scoring import NotFinite
 from pipelines.training_data import (
     AugmentedClips,
     Batch,
@@ -34,7 +35,7 @@ from pipelines.training_data import (
 )
 from pipelines.training_job import AMP, Job
 from tsm_core.backbones import run as run_network
-from tsm_core.errors import CallerError, TSMError
+from tsm_core.errors import TSMError
 from tsm_core.model import TSM, build
 from tsm_core.preprocess import normalise
 from tsm_core.shift import ClipPass, Start, shift_clip
@@ -43,12 +44,6 @@ T = TypeVar("T")
 
 MOST_LOADERS = 8
 VIEWS = {"cuda": 32, "cpu": 4}  # at a time
-
-
-class NotFinite(CallerError):
-    """The network's scores are no numbers."""
-
-    reason = "not_finite_scores"
 
 
 @dataclass

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -35,6 +36,7 @@ from pipelines.learner import Learning, Team
 from pipelines.optim import lr_share
 from pipelines.ray_local import ray_session
 from pipelines.rehearsal import dry_run, profile
+from pipelines.scoring import DecoderDied, OutOfMemory
 from pipelines.training_data import ClipOptions, NothingReadable
 from pipelines.training_job import AMP, BadOptions, Job, Options, TrainResult, new_job
 from pipelines.work_dir import LAST, WorkDir, is_uri
@@ -45,6 +47,7 @@ from tsm_core.recipes import Recipe, find_recipe
 FORMAT = 1  # of checkpoints
 HALVINGS = 16  # of the scale of fp16, 65536 at first, until it is 1
 LISTEN_S = 0.3
+ENDING_S = 30.0  # workers that died may take so long to be gone
 LOOK_S = 0.5  # between two looks of Ray Train at its workers; a report waits for the next one
 POINTS = 20  # of the loss curve in an epoch
 TOLD = 5  # unreadable videos that are named; the others are counted
@@ -59,18 +62,13 @@ METRICS, CURVES, EVENTS, BEST, MODEL = (
     "best.safetensors",
     "last.safetensors",
 )
+RAY = "ray"  # Ray Train's folder
 
 
 class Diverged(CallerError):
     """The loss is no number any more."""
 
     reason = "diverged"
-
-
-class OutOfMemory(WorldError):
-    """The device cannot hold the step."""
-
-    reason = "out_of_memory"
 
 
 class Interrupted(WorldError):
@@ -112,7 +110,7 @@ def fit(job: Job, team: Team | None = None) -> TrainResult:
     team = team or Team()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(team.together(lambda: WorkDir(job.work_dir)))
-        team.together(lambda: folder.lock() if team.rank == 0 else None)
+        team.together(lambda: None if team.rank else folder.lock(ENDING_S if team.workers > 1 else 0.0))
         stack.enter_context(_numbers(job.options.deterministic, team.device))
         run = _Run(job, team, folder)
         stack.callback(run.close)
@@ -122,6 +120,13 @@ def fit(job: Job, team: Team | None = None) -> TrainResult:
             raise OutOfMemory(
                 f"a step of {job.batch} clips does not fit {team.device}; give a smaller --batch, with --accumulate "
                 "for the same total, or --amp"
+            ) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DecoderDied(
+                f"a process that reads videos ended ({str(error).splitlines()[0]}); the same command goes on from the "
+                "last checkpoint, and fewer --loaders need less memory"
             ) from None
 
 
@@ -328,9 +333,9 @@ class _Run:
         if "top1" in row and row["top1"] > progress.best.get("top1", -1.0):
             progress.best = dict(row)
             self._save_model(BEST)
-        self._told.epoch(self, row)
         self._write_metrics()
         self._save()
+        self._told.epoch(self, row)
         self.team.report(row)
 
     def _finish(self) -> TrainResult:
@@ -682,6 +687,8 @@ def _train_with_ray(
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
+        if not is_uri(job.work_dir):  # Ray Train's own folder holds nothing that is needed later
+            stack.callback(shutil.rmtree, Path(job.work_dir) / RAY, ignore_errors=True)
         desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=here).remote()
         stack.callback(ray.kill, desk)
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -697,7 +704,7 @@ def _train_with_ray(
             ),
             run_config=train.RunConfig(
                 name=name,
-                storage_path=f"{job.work_dir.rstrip('/')}/ray",
+                storage_path=f"{job.work_dir.rstrip('/')}/{RAY}",
                 failure_config=train.FailureConfig(max_failures=max_failures),
             ),
         )

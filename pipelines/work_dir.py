@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -80,13 +81,21 @@ class WorkDir:
             except OSError as error:
                 raise CannotWrite(f"{place} cannot be made: {error.strerror}") from None
 
-    def lock(self) -> None:
-        """Keep other trainings on this machine out. Raises OtherTraining."""
+    def lock(self, wait_s: float = 0.0) -> None:
+        """Keep other trainings on this machine out; waits a while for one that is ending. Raises OtherTraining."""
         if self._filesystem is not None:
             return
+        deadline_s = time.monotonic() + wait_s
         try:
             self._lock = (self.folder / ".lock").open("wb")
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, not of its children
+            while True:
+                try:
+                    fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, not of its children
+                    return
+                except BlockingIOError:
+                    if time.monotonic() >= deadline_s:
+                        raise
+                time.sleep(0.2)
         except BlockingIOError:
             raise OtherTraining(f"another training is going on in {self.place}; name another --work-dir") from None
         except OSError as error:

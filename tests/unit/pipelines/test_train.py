@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,8 @@ from PIL import Image
 
 from pipelines import learner
 from pipelines.learner import Team
-from pipelines.train import Diverged, Interrupted, OutOfMemory, fit, main, run_training
+from pipelines.scoring import DecoderDied, OutOfMemory
+from pipelines.train import Diverged, Interrupted, fit, main, run_training
 from pipelines.training_data import OPENERS, NothingReadable, TrainingData
 from pipelines.training_job import BadOptions, TrainResult, at_size, new_job
 from pipelines.work_dir import CannotWrite, OtherTraining, WorkDir
@@ -177,6 +180,33 @@ def test_stopped_training_says_that_it_goes_on(tmp_path):
         fit(moving_job(tmp_path / "stopped"), Team(say=quiet, stopping=lambda: next(asked)))
     train(tmp_path / "stopped")
     same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_a_training_in_order(tmp_path, number):
+    before = signal.getsignal(number)
+
+    def say(line: str) -> None:
+        if line.startswith("epoch 1/2 done"):
+            os.kill(os.getpid(), number)
+
+    options = replace(moving_job(tmp_path).options, say_every_s=0.0)
+    with pytest.raises(Interrupted, match="epoch 2 after step 1 of 3"):
+        run_training(RECIPE, data=None, work_dir=tmp_path / "run", options=options, gpus=0, say=say)
+    assert signal.getsignal(number) == before
+    result = run_training(RECIPE, data=None, work_dir=tmp_path / "run", options=options, gpus=0, say=quiet)
+    assert result.steps == 6
+
+
+def test_reader_that_dies_is_told(tmp_path):
+    class Deadly(Moving):
+        def clip(self, index: int, rng: np.random.Generator) -> Any:
+            if index == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().clip(index, rng)
+
+    with pytest.raises(DecoderDied, match="the same command goes on from the last checkpoint"):
+        fit_with(Deadly(10, 4), tmp_path, loaders=1)
 
 
 def test_finished_training_is_not_done_again(tmp_path):

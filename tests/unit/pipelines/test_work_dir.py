@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -131,6 +132,9 @@ def test_one_training_at_a_time(tmp_path):
         assert other.stdout.readline() == "locked\n"
         with WorkDir(tmp_path) as folder, pytest.raises(OtherTraining, match="going on"):
             folder.lock()
+        threading.Timer(0.5, other.kill).start()
+        with WorkDir(tmp_path) as folder:
+            folder.lock(wait_s=20)  # for one that is ending
     finally:
         other.send_signal(signal.SIGKILL)
         other.communicate()
