@@ -23,6 +23,7 @@ from pipelines.work_dir import WorkDir
 PICTURE = "first_batch.png"
 MEASURED = 2  # steps
 WARM_UP = 1
+READ_AHEAD = 2  # batches of each loader, torch's default
 LEFT_OUT = ("labels", "background", "published", "checkpoint")  # of a recipe, when it is shown
 CLOSE = 0.9  # rates that differ by less are called even
 
@@ -145,6 +146,8 @@ def profile(job: Job, *, device: str = "cpu", steps: int = 10, say: Say = print)
     held = next(source)
     if held[0].error is not None:
         raise held[0].error
+    for _ in range(READ_AHEAD * learning.loaders):  # they were read before the clock starts
+        next(source)
     data = _rate(steps, lambda _: _clips(next(source)), learning)
     _step(learning, held, 0)
 
@@ -158,6 +161,8 @@ def profile(job: Job, *, device: str = "cpu", steps: int = 10, say: Say = print)
         return _clips(batches)
 
     network = _rate(steps, compute, learning)
+    for _ in range(READ_AHEAD * learning.loaders):
+        next(source)
     together = _rate(steps, both, learning)
     if min(data, network) > CLOSE * max(data, network):
         bottleneck, advice = "neither", "data and network are about as fast as each other"
