@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_SECONDS ?=
 PYTEST_ARGS ?=
 
-.PHONY: setup demo serve test test-all check format bench docs clean
+.PHONY: setup demo serve test test-all check format bench motion8 docs clean
 
 setup: $(VENV)/.run
 
@@ -52,6 +52,10 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmark.run
+	$(BIN)/python docs/tables.py
+
+motion8: $(VENV)/.test
+	$(BIN)/python -m tests.benchmark.motion8
 	$(BIN)/python docs/tables.py
 
 docs: $(VENV)/.test

@@ -45,6 +45,7 @@ from tsm_core.errors import CallerError, TSMError, WorldError
 from tsm_core.recipes import Recipe, find_recipe
 
 FORMAT = 1  # of checkpoints
+PROG = "python -m pipelines.train"
 HALVINGS = 16  # of the scale of fp16, 65536 at first, until it is 1
 LISTEN_S = 0.3
 ENDING_S = 30.0  # workers that died may take so long to be gone
@@ -577,7 +578,9 @@ def find_job(
 
 def _absolute(place: Path | str | None) -> str | None:
     # workers start in folders of their own
-    return str(place) if place is None or is_uri(place) else str(Path(place).expanduser().absolute())
+    if place is None:
+        return None
+    return str(place) if is_uri(place) else str(Path(place).expanduser().absolute())
 
 
 @contextlib.contextmanager
@@ -753,9 +756,9 @@ def _listening(ray: Any, desk: Any, asked: Callable[[], bool], say: Callable[[st
         thread.join(10)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The options of the command."""
-    found = argparse.ArgumentParser(prog="python -m pipelines.train", description=__doc__)
+    found = argparse.ArgumentParser(prog=prog, description="Train a recipe, or go on with a training.")
     found.add_argument("recipe", help="name of a recipe")
     found.add_argument("--data", help="folder that holds the data set's folder")
     found.add_argument("--work-dir", required=True, help="folder or URI (s3://, gs://) of this training")
@@ -796,9 +799,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
-    given = parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """The command; its exit status: 2 for what the caller must change, 3 for what may work later."""
+    given = parser(prog).parse_args(arguments)
     options = Options(
         epochs=given.epochs,
         batch=given.batch,
@@ -849,11 +852,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             address=given.address,
             max_failures=given.max_failures,
             say=say,
-            command=shlex.join(["python", "-m", "pipelines.train", *said]),
+            command=f"{prog} {shlex.join(said)}",
         )
     except TSMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, CallerError) else 1
+        print(f"error: {error} (reason: {error.reason})", file=sys.stderr)
+        return 2 if isinstance(error, CallerError) else 3
     print(f"{result.model}: {result.steps} steps in {result.seconds:.0f} s")
     return 0
 

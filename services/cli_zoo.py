@@ -486,7 +486,7 @@ def train(context: typer.Context) -> None:
     """Train a recipe, on this machine or on a Ray cluster; `tsm train --help` says how."""
     from pipelines.train import main
 
-    raise typer.Exit(main(["--models", str(load_settings().models.folder), *context.args]))
+    raise typer.Exit(main(["--models", str(load_settings().models.folder), *context.args], "tsm train"))
 
 
 # helpers

@@ -209,6 +209,23 @@ def test_a_checkpoint_is_tested(theirs: Path, tmp_path: Path):
         assert f"(reason: {reason})" in refused.stderr
 
 
+def test_training_says_what_it_lacks(tmp_path: Path):
+    refused = tsm("train", "tsm_r50_1x1x8_50e_jester_rgb", "--work-dir", str(tmp_path / "work"))
+    assert refused.exit_code == 2
+    assert "with --data (reason: no_data)" in refused.stderr
+    unknown = tsm("train", "motion10", "--work-dir", str(tmp_path / "work"))
+    assert (unknown.exit_code, "unknown_recipe" in unknown.stderr) == (2, True)
+    asked = tsm("train", "--help")
+    assert (asked.exit_code, "usage: tsm train" in asked.stdout) == (0, True)
+
+
+def test_training_shows_what_it_would_do(tmp_path: Path):
+    done = tsm("train", "motion8_tsm", "--work-dir", str(tmp_path / "work"), "--dry-run", "--batch", "4")
+    assert done.exit_code == 0, done.output
+    assert "150" not in done.stdout.split("steps an epoch")[0].splitlines()[-1]  # 600 steps of 4
+    assert (tmp_path / "work" / "first_batch.png").is_file()
+
+
 def test_a_stream_option_needs_its_model():
     refused = tsm("streams", "add", "--uri", "rtsp://127.0.0.1/x", "--stride-s", "1")
     assert refused.exit_code == 2
