@@ -112,9 +112,11 @@ def main() -> None:
         for arm in ARMS:
             source = folder / f"{arm}-{SEEDS[0]}" / "last.safetensors"
             model = load_model(source)
+            assert isinstance(model, TSM)
             scores = {key: run[key] for run in runs if (run["recipe"], run["seed"]) == (arm, SEEDS[0]) for key in run}
             del scores["curve"]
-            save_model(WEIGHTS / f"{arm}.safetensors", model, {**read_card(source)[1], "motion8": scores})
+            card = {**read_card(source)[1], "command": COMMAND, "motion8": scores, "stored_as": "float16"}
+            save_model(WEIGHTS / f"{arm}.safetensors", model.half(), card)
     finally:
         shutil.rmtree(folder)
     header = ["recipe", "seed", "class right", "pair right", "direction right, given the pair", "seconds on one core"]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
 TSM = sorted(set(re.findall(r"^\.venv/bin/tsm (.*)$", SHELL, re.MULTILINE)))
-MAKE = sorted(set(re.findall(r"(?:^|`|&& )make ([a-z-]+)", README, re.MULTILINE)))
+MAKE = sorted(set(re.findall(r"(?:^|`|&& )make ([a-z0-9-]+)", README, re.MULTILINE)))
 
 
 @pytest.mark.parametrize("line", TSM)
