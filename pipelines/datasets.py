@@ -8,7 +8,7 @@ lists count in the official order ("mmaction2"); `in_order` changes them for wei
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -305,6 +305,23 @@ class VideoSample:
     error: str | None = None
 
 
+def read_frames(
+    root: Path, record: VideoRecord, choose: Callable[[int], list[int]], template: str = TEMPLATE, start: int = 1
+) -> Tensor:
+    """uint8 (F, 3, H, W) of one record: the frames that `choose` picks of so many. Raises UnreadableVideo."""
+    path = root / record.path
+    with open_frames(path, template, start + record.offset) as reader:
+        total = record.frames if record.frames is not None and path.is_dir() else len(reader)
+        try:
+            images = reader.frames(choose(total))
+        except NothingToSample as error:
+            raise UnreadableVideo(f"{path}: {error}") from None
+    sizes = {tuple(image.shape) for image in images}
+    if len(sizes) > 1:
+        raise UnreadableVideo(f"{path} changes its size: {', '.join(f'{w}x{h}' for _, h, w in sorted(sizes))}")
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)  # colours side by side
+
+
 class VideoDataset(Dataset[VideoSample]):
     """Frames of listed videos for a test: item i is the VideoSample of record i.
 
@@ -343,15 +360,10 @@ class VideoDataset(Dataset[VideoSample]):
 
     def images(self, record: VideoRecord) -> Tensor:
         """uint8 (F, 3, H, W) of one record. Raises UnreadableVideo."""
-        path = self.root / record.path
-        with open_frames(path, self.template, self.start + record.offset) as reader:
-            total = record.frames if record.frames is not None and path.is_dir() else len(reader)
-            try:
-                indices = test_indices(total, self.count, clips=self.clips, convention=self.convention)
-            except NothingToSample as error:
-                raise UnreadableVideo(f"{path}: {error}") from None
-            images = reader.frames(indices)
-        sizes = {tuple(image.shape) for image in images}
-        if len(sizes) > 1:
-            raise UnreadableVideo(f"{path} changes its size: {', '.join(f'{w}x{h}' for _, h, w in sorted(sizes))}")
-        return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)  # colours side by side
+        return read_frames(
+            self.root,
+            record,
+            lambda total: test_indices(total, self.count, clips=self.clips, convention=self.convention),
+            self.template,
+            self.start,
+        )

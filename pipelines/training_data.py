@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.datasets import Kind, VideoRecord, find_dataset, open_list
-from pipelines.decoding import TEMPLATE, UnreadableVideo, open_frames
+from pipelines.datasets import Kind, VideoRecord, find_dataset, open_list, read_frames
+from pipelines.decoding import TEMPLATE, UnreadableVideo
 from pipelines.motion8 import Motion8
-from pipelines.sampling import NothingToSample, test_indices, train_indices
+from pipelines.sampling import test_indices, train_indices
 from tsm_core.errors import CallerError, TSMError
 from tsm_core.preprocess import PreprocessSpec, crop_views
 from tsm_core.recipes import CLIPS, Recipe, Views
@@ -182,18 +182,8 @@ class ListedVideos:
     def clip(self, index: int, rng: np.random.Generator) -> tuple[Tensor, int]:
         """See ClipSource."""
         record = self._records[index]
-        path = self._root / record.path
-        with open_frames(path, self._template, self._start + record.offset) as reader:
-            total = record.frames if record.frames is not None and path.is_dir() else len(reader)
-            try:
-                images = reader.frames(self._pick(total, rng))
-            except NothingToSample as error:
-                raise UnreadableVideo(f"{path}: {error}") from None
-        sizes = {tuple(image.shape) for image in images}
-        if len(sizes) > 1:
-            raise UnreadableVideo(f"{path} changes its size: {', '.join(f'{w}x{h}' for _, h, w in sorted(sizes))}")
-        clip = torch.stack([image.permute(1, 2, 0) for image in images])  # colours side by side
-        return clip.permute(0, 3, 1, 2), record.label
+        frames = read_frames(self._root, record, lambda total: self._pick(total, rng), self._template, self._start)
+        return frames, record.label
 
 
 def strided_indices(total: int, frames: int, rng: np.random.Generator, max_stride: int) -> list[int]:
