@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from pipelines.ray_local import ENVIRONMENT
 from services.embedded import EmbeddedValkey, find_server
+
+os.environ.update(ENVIRONMENT)  # read by ray as it is imported: before any test can do so
 
 ServerStarter = Callable[[Path], EmbeddedValkey]
 
