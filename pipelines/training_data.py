@@ -7,6 +7,7 @@ comes out of any number of workers and loaders, and of one that was interrupted.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -342,6 +343,16 @@ def collate(found: Sequence[_Item | TSMError]) -> Batch:
     return Batch(pixels, torch.tensor([item.label for item in items]), [why for item in items for why in item.replaced])
 
 
+def let_pass(_: int) -> None:
+    """In a process that reads ahead: the first SIGTERM or SIGINT changes nothing, the next one has its usual effect.
+
+    A terminal, a container and `ray job stop` send them to all processes at once, and a training that is to end in
+    order still needs what is read for it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
 def load_batches(clips: AugmentedClips, places: Iterator[list[Place]], loaders: int, *, pin: bool) -> Iterator[Batch]:
     """A Batch for each list of places, read ahead by so many processes."""
     if not loaders:
@@ -352,6 +363,7 @@ def load_batches(clips: AugmentedClips, places: Iterator[list[Place]], loaders: 
         num_workers=loaders,
         collate_fn=collate,
         pin_memory=pin,
+        worker_init_fn=let_pass,
     )
     return iter(loader)
 
@@ -385,7 +397,9 @@ def load_views(views: ValidationViews, indices: Sequence[int], loaders: int) -> 
     """The Judged of each index, in their order."""
     if not loaders:
         return map(views.__getitem__, indices)
-    loader: DataLoader[Judged] = DataLoader(views, batch_size=None, sampler=indices, num_workers=loaders)
+    loader: DataLoader[Judged] = DataLoader(
+        views, batch_size=None, sampler=indices, num_workers=loaders, worker_init_fn=let_pass
+    )
     return iter(loader)
 
 
