@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -153,20 +153,32 @@ def preprocess(
     images: uint8 (3, H, W) each, RGB, of any sizes, or one uint8 (N, 3, H, W) tensor. Pictures of one size are worked
     on together. device None: where the images are. Raises ShapeError.
     """
+    return by_size(images, lambda batch: normalise(resize_crop(batch, spec), spec), device)
+
+
+def by_size(
+    images: Sequence[Tensor] | Tensor,
+    to_input: Callable[[Tensor], Tensor],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Rows (N, ...) in the order of `images`, which `to_input` makes of pictures uint8 (N, 3, H, W) on `device`.
+
+    Pictures of one size are given to it together. images, device: as for `preprocess`. Raises ShapeError.
+    """
     if not len(images):
         raise ShapeError("no images: preprocess needs at least one")
     target = torch.device(device) if device is not None else images[0].device
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ShapeError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        return _to_input(images.permute(0, 2, 3, 1).contiguous(), spec, target)
+        return to_input(_on(images.permute(0, 2, 3, 1).contiguous(), target))
     groups: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise ShapeError(f"image must be uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
         groups.setdefault((image.shape[1], image.shape[2]), []).append(index)
     inputs = [
-        _to_input(torch.stack([images[index].permute(1, 2, 0) for index in indices]), spec, target)
+        to_input(_on(torch.stack([images[index].permute(1, 2, 0) for index in indices]), target))
         for indices in groups.values()
     ]
     if len(inputs) == 1:
@@ -175,6 +187,6 @@ def preprocess(
     return torch.cat(inputs)[order]
 
 
-def _to_input(rows: Tensor, spec: PreprocessSpec, device: torch.device) -> Tensor:
+def _on(rows: Tensor, device: torch.device) -> Tensor:
     # rows uint8 (N, H, W, 3): decoders give that order, and the resize is several times faster in it
-    return normalise(resize_crop(rows.to(device, non_blocking=True).permute(0, 3, 1, 2), spec), spec)
+    return rows.to(device, non_blocking=True).permute(0, 3, 1, 2)
