@@ -30,6 +30,8 @@ LABELS: tuple[str, ...] = (
     "still",
 )
 
+KINDS: tuple[str, ...] = ("ball", "badge", "planet")  # what the object is: sectors, one half striped, marbled
+
 MOVE_PX_S = (25.0, 75.0)
 TURN_DEG_S = (100.0, 300.0)
 ZOOM_LOG_S = (0.7, 1.4)
@@ -61,6 +63,19 @@ _RANGES: tuple[tuple[float, float], ...] = (  # turns per second
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
+
+
+class Piece(NamedTuple):
+    """A part of the picture in which the object shows.
+
+    box: the tight bound (x0, y0, x1, y1) in pixels of what lies in the picture. visible: its opacity times the share of
+    the object's area that it is. copy: which one it is of the object's repetitions, by whole sides in x and y and by
+    turns round the circle of sizes.
+    """
+
+    box: Box
+    visible: float
+    copy: tuple[int, int, int]
 
 
 class Interval(TypedDict):
@@ -177,7 +192,8 @@ class Look:
         style = _outline_style(random)
         radii = _outline(style, outline_angles)
         self._outline_x, self._outline_y = radii * np.cos(outline_angles), radii * np.sin(outline_angles)
-        pixels = _draw_object(random, hue, style, 2 * math.ceil(_MARGIN * RADIUS_PX[1] / _SIDE_PX * size_px))
+        half_px = 2 * math.ceil(_MARGIN * RADIUS_PX[1] / _SIDE_PX * size_px)
+        self.kind, pixels = _draw_object(random, hue, style, half_px)
         sprite = Image.fromarray(pixels, "RGBA")
         self._levels: list[tuple[Image.Image, Image.Image]] = []
         for reduction in (2, 3, 4, 6, 9):  # of a sprite drawn at twice the largest size
@@ -191,7 +207,7 @@ class Look:
     def render(self, pose: Pose) -> Pixels:
         """The picture with the object in `pose`, uint8 (H, W, 3)."""
         picture = self.background.copy()
-        for size, opacity in _copies(pose.size):
+        for size, opacity, _ in _copies(pose.size):
             self._paste(picture, pose, self.radius_px(size), opacity)
         return np.array(picture)
 
@@ -228,23 +244,27 @@ class Look:
             if right + x > 0 and left + x < side and bottom + y > 0 and top + y < side
         ]
 
-    def boxes(self, pose: Pose) -> list[Box]:
-        """Boxes (x0, y0, x1, y1) in pixels of the object's visible pieces, cut at the picture's edges, largest first.
+    def pieces(self, pose: Pose) -> list[Piece]:
+        """Where the object shows, most visible first.
 
-        An object that leaves on one side comes in on the other, so there are one to four pieces.
+        What leaves on one side comes in on the other, and a small copy replaces one that has grown too large: so there
+        are one to four pieces, for a while twice as many.
         """
-        size = max(_copies(pose.size), key=lambda copy: copy[1])[0]
-        radius = self.radius_px(size)
-        cos, sin = math.cos(2 * math.pi * pose.angle), math.sin(2 * math.pi * pose.angle)
-        xs = pose.x * self.size_px + radius * (cos * self._outline_x - sin * self._outline_y)
-        ys = pose.y * self.size_px + radius * (sin * self._outline_x + cos * self._outline_y)
-        left, top, right, bottom = float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())
-        side = float(self.size_px)
-        pieces = [
-            (max(0.0, left + x), max(0.0, top + y), min(side, right + x), min(side, bottom + y))
-            for x, y in self._visible(left, top, right, bottom)
-        ]
-        return sorted(pieces, key=lambda box: -(box[2] - box[0]) * (box[3] - box[1]))
+        turn, side = 2 * math.pi * pose.angle, float(self.size_px)
+        cos, sin = math.cos(turn), math.sin(turn)
+        pieces: list[Piece] = []
+        for size, opacity, level in _copies(pose.size):
+            radius = self.radius_px(size)
+            xs = pose.x * side + radius * (cos * self._outline_x - sin * self._outline_y)
+            ys = pose.y * side + radius * (sin * self._outline_x + cos * self._outline_y)
+            whole = _area(xs, ys)
+            for x, y in self._visible(float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())):
+                inside = _within(np.stack([xs + x, ys + y]), side)
+                if share := _area(*inside) / whole:
+                    (x0, y0), (x1, y1) = inside.min(axis=1).tolist(), inside.max(axis=1).tolist()
+                    copy = (round(x / side), round(y / side), level)
+                    pieces.append(Piece((x0, y0, x1, y1), opacity * min(share, 1.0), copy))
+        return sorted(pieces, key=lambda piece: -piece.visible)
 
 
 class Scene:
@@ -270,13 +290,9 @@ class Scene:
         """Intervals {label, start_frame, end_frame} of the frames [0, until_frame), end exclusive, without gaps."""
         return self.timeline.intervals(until_frame)
 
-    def boxes_at(self, number: int) -> list[Box]:
-        """Boxes (x0, y0, x1, y1) in pixels of the object's visible pieces in frame `number`, largest first."""
-        return self.look.boxes(self.timeline.pose_at(number))
-
-    def box_at(self, number: int) -> Box:
-        """Box (x0, y0, x1, y1) in pixels of the object's largest visible piece in frame `number`."""
-        return self.boxes_at(number)[0]
+    def pieces_at(self, number: int) -> list[Piece]:
+        """Where the object shows in frame `number`, most visible first."""
+        return self.look.pieces(self.timeline.pose_at(number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,20 +367,43 @@ class ClipMaker:
         return ClipBatch(images, labels, age, velocity)
 
 
-def _copies(size: float) -> list[tuple[float, float]]:
-    """(size, opacity) of the object's copies, to be drawn in this order.
+def _copies(size: float) -> list[tuple[float, float, int]]:
+    """(size, opacity, turns round the circle) of the object's copies, to be drawn in this order.
 
     Near the end of the circle a copy one turn smaller appears inside the object, then the object dissolves round it.
     """
     progress = (size - (1 - _FADE)) / _FADE
     if progress <= 0:
-        return [(size, 1.0)]
-    return [(size, 1 - _ease(2 * progress - 1)), (size - 1, _ease(2 * progress))]
+        return [(size, 1.0, 0)]
+    return [(size, 1 - _ease(2 * progress - 1), 0), (size - 1, _ease(2 * progress), -1)]
 
 
 def _ease(part: float) -> float:
     part = min(1.0, max(0.0, part))
     return part * part * (3 - 2 * part)
+
+
+def _area(xs: Floats, ys: Floats) -> float:
+    """Of a polygon, by its corners."""
+    return abs(float(np.sum(xs * np.roll(ys, -1) - np.roll(xs, -1) * ys))) / 2
+
+
+def _within(corners: Floats, side: float) -> Floats:
+    """The part of a polygon that lies in the square from 0 to `side`: its corners (2, N), by Sutherland and Hodgman."""
+    for axis, limit, sign in ((0, 0.0, 1), (0, side, -1), (1, 0.0, 1), (1, side, -1)):
+        depth = sign * (corners[axis] - limit)
+        if depth.min() >= 0:
+            continue
+        after, next_depth = np.roll(corners, -1, axis=1), np.roll(depth, -1)
+        crosses = (depth > 0) != (next_depth > 0)
+        part = depth / np.where(crosses, depth - next_depth, 1)
+        met = corners + part * (after - corners)
+        met[axis] = limit
+        both = np.stack([corners, met], axis=2).reshape(2, -1)  # each corner, then where its edge meets the limit
+        corners = both[:, np.stack([depth > 0, crosses], axis=1).ravel()]
+        if not corners.size:
+            return np.zeros((2, 1), np.float32)
+    return corners.astype(np.float32)
 
 
 def _color(hue: float, saturation: float, value: float) -> Floats:
@@ -420,8 +459,8 @@ def _outline(style: tuple[int, float], angle: Floats) -> Floats:
     return (1 - depth * (0.5 - 0.5 * np.cos(petals * angle))).astype(np.float32)
 
 
-def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, float], half_px: int) -> Pixels:
-    """A badge with a bright rim on a soft dark halo, uint8 (2 half_px, 2 half_px, 4), RGBA."""
+def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, float], half_px: int) -> tuple[str, Pixels]:
+    """Something with a bright rim on a soft dark halo: its kind, and uint8 (2 half_px, 2 half_px, 4), RGBA."""
     place = ((np.arange(2 * half_px, dtype=np.float32) + 0.5) / half_px - 1) * _MARGIN
     x, y = np.broadcast_to(place[None, :], (2 * half_px,) * 2), np.broadcast_to(place[:, None], (2 * half_px,) * 2)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
@@ -434,20 +473,20 @@ def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, floa
         _color(main + 0.08, 0.85, 0.45),
     ]
     order = random.permutation(4)
-    kind = int(random.integers(3))
-    if kind == 0:  # beach ball: sectors of unequal width
+    kind = KINDS[int(random.integers(3))]
+    if kind == "ball":  # sectors of unequal width
         count = int(random.integers(3, 6))
         widths = random.uniform(0.6, 1.4, count)
         edges = np.cumsum(widths / widths.sum()) * 2 * np.pi - np.pi
         index = np.minimum(np.searchsorted(edges, angle), count - 1)
         paint = [order[i % 3] if i < count - 1 or count % 3 != 1 else order[3] for i in range(count)]
         picture = np.stack([colors[i] for i in paint])[index]
-    elif kind == 1:  # two halves, one of them striped
+    elif kind == "badge":  # two halves, one of them striped
         turn, period = float(random.uniform(0, 2 * np.pi)), float(random.uniform(0.5, 0.8))
         along, across = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
         index = np.where(along > 0.1, 0, np.where(np.mod(across, period) < period / 2, 1, 2))
         picture = np.stack([colors[order[i]] for i in range(3)])[index]
-    else:  # a marbled planet
+    else:  # marbled
         marble = _noise(random, 5, 2 * half_px) + 0.5 * x * float(random.choice([-1, 1]))
         index = np.digitize(marble, np.quantile(marble[::4, ::4], [0.4, 0.65])).astype(np.int64)
         picture = np.stack([colors[order[i]] for i in range(3)])[index]
@@ -462,4 +501,4 @@ def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, floa
     halo = 0.4 * np.clip(1 - (radius - bound) / (_MARGIN - 1), 0, 1) ** 2
     alpha = np.where(outside, halo, 1.0)[..., None] * 255
     pixels: Pixels = np.clip(np.concatenate([picture, alpha], axis=2) + 0.5, 0, 255).astype(np.uint8)
-    return pixels
+    return kind, pixels

@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from pipelines.scenes import LABELS, RADIUS_PX, ClipMaker, Look, Pose, Scene, Script
+from pipelines.scenes import KINDS, LABELS, RADIUS_PX, ClipMaker, Look, Pose, Scene, Script
 
 FRAMES = 900  # a minute
 
@@ -101,30 +102,56 @@ def test_sizes_close_the_circle():
 def test_leaving_on_one_side_is_coming_in_on_the_other():
     look = Look(3, 128)
     assert np.abs(look.render(Pose(0.0, 0.3, 0, 0)).astype(int) - look.render(Pose(1 - 1e-9, 0.3, 0, 0))).max() <= 2
-    assert len(look.boxes(Pose(0.5, 0.5, 0, 0))) == 1
-    assert len(look.boxes(Pose(0.01, 0.5, 0, 0))) == 2
-    assert len(look.boxes(Pose(0.01, 0.99, 0, 0))) == 4
+    assert len(look.pieces(Pose(0.5, 0.5, 0, 0))) == 1
+    assert len(look.pieces(Pose(0.01, 0.5, 0, 0))) == 2
+    assert len(look.pieces(Pose(0.01, 0.99, 0, 0))) == 4
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_boxes_hold_the_object(seed):
-    """What differs from the empty background lies in the boxes, but for the soft halo."""
-    scene = Scene(seed, size_px=128)
-    empty = np.asarray(scene.look.background).astype(int)
-    for number in (0, 100, 200, 300):
-        pose = scene.timeline.pose_at(number)
-        if pose.size > 0.65:
-            continue  # two copies at once
-        objects = np.abs(scene.frame(number) - empty).max(axis=2) > 60
-        inside = np.zeros_like(objects)
-        boxes = scene.boxes_at(number)
-        for x0, y0, x1, y1 in boxes:
-            assert 0 <= x0 < x1 <= 128
-            assert 0 <= y0 < y1 <= 128
-            inside[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = True
-        assert (objects & inside).sum() >= 0.97 * objects.sum()
-        assert objects[inside].mean() > 0.4
-        assert scene.box_at(number) == boxes[0]
+def _opacity(look: Look, pose: Pose) -> np.ndarray:
+    """How much of each pixel the object covers: what remains of the difference between a white and a black ground."""
+    drawn = []
+    for level in (0, 255):
+        look.background = Image.new("RGB", (look.size_px, look.size_px), (level, level, level))
+        drawn.append(look.render(pose).astype(np.float32))
+    return 1 - (drawn[1] - drawn[0]).mean(axis=2) / 255
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_are_the_tight_bounds_of_what_is_drawn(seed):
+    look, random = Look(seed, size_px=256), np.random.default_rng(seed)
+    for size in random.uniform(0, 0.69, 12):  # one copy at a time
+        pose = Pose(*random.random(3), size)
+        solid = _opacity(look, pose) > 0.7  # the halo has 0.4 at most
+        near = np.zeros_like(solid)
+        pieces = look.pieces(pose)
+        assert [piece.visible for piece in pieces] == sorted((piece.visible for piece in pieces), reverse=True)
+        assert sum(piece.visible for piece in pieces) == pytest.approx(1, abs=1e-3)
+        for (x0, y0, x1, y1), visible, _ in pieces:
+            assert 0 <= x0 < x1 <= 256
+            assert 0 <= y0 < y1 <= 256
+            part = (slice(max(0, int(y0) - 2), int(y1) + 3), slice(max(0, int(x0) - 2), int(x1) + 3))
+            near[part] = True
+            if visible > 0.15:  # of a sliver the threshold takes more
+                rows, columns = np.nonzero(solid[part])
+                drawn = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], float)
+                drawn += [part[1].start, part[0].start] * 2
+                assert np.abs(drawn - [x0, y0, x1, y1]).max() < 1.5, (pose, visible)
+        assert not (solid & ~near).any()
+
+
+def test_while_a_copy_replaces_another_both_are_told_with_their_opacity():
+    look = Look(2, size_px=128)
+    for size, outer, inner in ((0.71, 1, 0), (0.85, 1, 1), (0.99, 0, 1)):
+        first, second = sorted(look.pieces(Pose(0.5, 0.5, 0, size)), key=lambda piece: piece.box[0])
+        assert (first.copy, second.copy) == ((0, 0, 0), (0, 0, -1))
+        assert first.visible == pytest.approx(outer, abs=0.02)
+        assert second.visible == pytest.approx(inner, abs=0.02)
+        assert first.box[2] - first.box[0] == pytest.approx(3 * (second.box[2] - second.box[0]), rel=0.01)
+
+
+def test_every_kind_comes_up_at_every_size():
+    assert {Look(seed, 32).kind for seed in range(20)} == set(KINDS)
+    assert [Look(seed, 128).kind for seed in range(9)] == [Look(seed, 320).kind for seed in range(9)]
 
 
 def test_films_look_alike_at_every_size():
