@@ -114,9 +114,9 @@ def clean(
     count = len(raw)
     finite: Bools = np.isfinite(raw).all(1)
     safe = np.where(finite[:, None], raw, 0.0)
-    thin: Bools = ((safe[:, 2:] - safe[:, :2]) < LEAST_PX).any(1)
+    thin: Bools = np.min(safe[:, 2:] - safe[:, :2], axis=1, initial=np.inf) < LEAST_PX
     cut = np.clip(safe, 0.0, np.array([*size, *size], np.float64))
-    out: Bools = ((cut[:, 2:] - cut[:, :2]) < LEAST_PX).any(1)
+    out: Bools = np.min(cut[:, 2:] - cut[:, :2], axis=1, initial=np.inf) < LEAST_PX
     keep: Bools = finite & ~thin & ~out
     dropped = Counter(
         {
