@@ -25,11 +25,12 @@ from services.embedded import EmbeddedValkey
 from services.engine import Engine
 from services.http_api import http_app
 from services.manager import StreamManager, served_models
-from services.settings import Settings, StoreSettings
+from services.settings import Settings, SettingsError, StoreSettings, load_settings
 from services.store import open_store
 from tsm_core.errors import CallerError, WorldError
 
 APPLICATION = "tsm"
+VIEWERS = 1000  # feeds that one gateway of a cluster serves at once: each is a request that does not end
 
 
 class PortTaken(CallerError):
@@ -58,6 +59,11 @@ class EngineReplica:
         """Called by Serve: raises when the replica must be replaced."""
         self._engine.healthy()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Read by Serve for the policy in `services/scaling.py`."""
+        now = self._engine.figures()
+        return {"slots_used": now.slots_used, "slots_total": now.slots_total}
+
     def __del__(self) -> None:
         """Called by Serve before it ends the replica: states are saved, streams handed over."""
         if hasattr(self, "_engine"):
@@ -68,8 +74,8 @@ class EngineReplica:
 class ControllerReplica:
     """Shell around the Controller."""
 
-    def __init__(self, settings: Settings) -> None:
-        enter_actor(settings)
+    def __init__(self, given: Settings | dict[str, Any]) -> None:
+        settings = enter_actor(given)
         self._store = open_store(settings.store)
         owner = f"controller-{serve.get_replica_context().replica_id.unique_id}"
         self._controller = Controller(self._store, settings.controller, owner)
@@ -126,25 +132,49 @@ class Gateway:
             self._store.close()
 
 
-def enter_actor(settings: Settings) -> None:
-    """What every actor does first: log as the settings say, and listen on loopback only.
+@serve.ingress()
+class ClusterGateway:
+    """Shell around the HTTP door on a cluster, where Serve's proxy on every node leads to it; keeps nothing."""
+
+    def __init__(self, given: Settings | dict[str, Any], *_: Any) -> None:
+        settings = enter_actor(given)
+        self._store = open_store(settings.store)
+        self._http = http_app(StreamManager(self._store, settings), settings)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Called by Serve once per replica."""
+        return self._http
+
+    def __del__(self) -> None:
+        """Called by Serve before it ends the replica."""
+        if hasattr(self, "_http"):
+            self._store.close()
+
+
+def enter_actor(given: Settings | dict[str, Any]) -> Settings:
+    """What every actor does first: know its settings, log as they say, and listen on loopback only.
+
+    given: on a cluster sections as in `tsm.yaml`, completed here by the pod's environment: what Ray passes on it also
+    keeps, and the store's password is none of its business. Raises SettingsError.
 
     Serve opens a port for calls between deployments on all interfaces, and what arrives there is unpickled: on a
     single machine it must not be reachable from outside. Serve has no option for it, so its helper is wrapped.
     """
+    settings = given if isinstance(given, Settings) else load_settings(data=given)
     logging.basicConfig(level=settings.logger.level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel("WARNING")
     replica: Any = importlib.import_module("ray.serve._private.replica")
     original = replica.add_port_to_grpc_server
     if getattr(original, "only_loopback", False) or not _on_loopback():
-        return
+        return settings
 
     def add_port(server: Any, address: str) -> int:
         return int(original(server, address.replace("[::]", "127.0.0.1")))
 
     add_port.only_loopback = True  # type: ignore[attr-defined]
     replica.add_port_to_grpc_server = add_port
+    return settings
 
 
 def _on_loopback() -> bool:
@@ -154,13 +184,33 @@ def _on_loopback() -> bool:
 
 def application(settings: Settings, port: int) -> serve.Application:
     """The graph that one `serve.run` deploys, with its HTTP door on `port`. `settings.store.url` must be set."""
-    engine_options: dict[str, Any] = {"num_cpus": settings.engine.num_cpus, "num_gpus": settings.engine.num_gpus}
+    engine, controller = _workers(settings, settings)
+    graph: serve.Application = _door(Gateway).bind(settings, settings.server.host, port, engine, controller)
+    return graph
+
+
+def cluster_application(args: dict[str, Any]) -> serve.Application:
+    """The graph that `serve deploy` and KubeRay build, with Serve's own proxy as its HTTP door.
+
+    args: sections as in `tsm.yaml`; `store.url` comes from the environment. Raises SettingsError.
+    """
+    settings = load_settings(data=args)
+    if settings.store.url is None:
+        raise SettingsError("store.url is empty, and a cluster embeds no store: set TSM_STORE__URL on every node")
+    engine, controller = _workers(settings, args)
+    door = _door(ClusterGateway).options(max_ongoing_requests=VIEWERS)
+    graph: serve.Application = door.bind(args, engine, controller)
+    return graph
+
+
+def _workers(settings: Settings, given: Settings | dict[str, Any]) -> tuple[Any, Any]:
+    """Engine and controller, bound to what their actors are given."""
     deployment: Any = serve.deployment
     engine = deployment(
         EngineReplica,
         name="Engine",
         num_replicas=settings.engine.replicas,
-        ray_actor_options=engine_options,
+        ray_actor_options={"num_cpus": settings.engine.num_cpus, "num_gpus": settings.engine.num_gpus},
         health_check_period_s=1.0,
         health_check_timeout_s=5.0,
         graceful_shutdown_timeout_s=8.0,
@@ -175,8 +225,13 @@ def application(settings: Settings, port: int) -> serve.Application:
         graceful_shutdown_timeout_s=3.0,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    gateway = deployment(
-        Gateway,
+    return engine.bind(given), controller.bind(given)
+
+
+def _door(gateway: Any) -> Any:
+    deployment: Any = serve.deployment
+    return deployment(
+        gateway,
         name="Gateway",
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2.0,
@@ -184,10 +239,6 @@ def application(settings: Settings, port: int) -> serve.Application:
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    graph: serve.Application = gateway.bind(
-        settings, settings.server.host, port, engine.bind(settings), controller.bind(settings)
-    )
-    return graph
 
 
 class Service:

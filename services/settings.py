@@ -156,16 +156,17 @@ class Settings(BaseSettings):
         return env_settings, init_settings
 
 
-def load_settings(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
-    """Settings from `tsm.yaml` (or `path`), the environment and `overrides` (dotted names, strongest).
+def load_settings(
+    path: Path | None = None, overrides: dict[str, Any] | None = None, data: dict[str, Any] | None = None
+) -> Settings:
+    """Settings from `tsm.yaml` (or `path`, or `data`), the environment and `overrides` (dotted names, strongest).
 
     Raises SettingsError that names the key, the value and what is allowed; never prints a secret.
     """
-    data: dict[str, Any] = {}
     file = path or Path("tsm.yaml")
     if path is not None and not file.is_file():
         raise SettingsError(f"configuration file {file} does not exist")
-    if file.is_file():
+    if data is None and file.is_file():
         try:
             loaded = yaml.safe_load(file.read_text()) or {}
         except yaml.YAMLError as error:
@@ -178,7 +179,7 @@ def load_settings(path: Path | None = None, overrides: dict[str, Any] | None = N
         if key.startswith("TSM_") and "__" in key and key.split("__")[0] not in known:
             raise SettingsError(f"environment variable {key} names no section; sections are {', '.join(sorted(known))}")
     try:
-        settings = Settings(**data)
+        settings = Settings(**(data or {}))
         if overrides:
             tree = settings.model_dump()
             for dotted, value in overrides.items():
