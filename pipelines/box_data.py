@@ -112,12 +112,12 @@ def clean(
     """
     raw = np.asarray(boxes, np.float64).reshape(-1, 4)
     count = len(raw)
-    finite: Bools = np.isfinite(raw).all(1)
+    finite = np.isfinite(raw).all(1)
     safe = np.where(finite[:, None], raw, 0.0)
-    thin: Bools = np.min(safe[:, 2:] - safe[:, :2], axis=1, initial=np.inf) < LEAST_PX
+    thin = _thin(safe)
     cut = np.clip(safe, 0.0, np.array([*size, *size], np.float64))
-    out: Bools = np.min(cut[:, 2:] - cut[:, :2], axis=1, initial=np.inf) < LEAST_PX
-    keep: Bools = finite & ~thin & ~out
+    out = _thin(cut)
+    keep = finite & ~thin & ~out
     dropped = Counter(
         {
             "not_a_number": int((~finite).sum()),
@@ -138,6 +138,11 @@ def clean(
         condition,
     )
     return found, +dropped
+
+
+def _thin(boxes: NDArray[np.float64]) -> Bools:
+    thin: Bools = np.min(boxes[:, 2:] - boxes[:, :2], axis=1) < LEAST_PX
+    return thin
 
 
 Read: TypeAlias = Callable[[Sequence[int]], Tensor]
