@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from threading import Lock
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,7 @@ _RANGES: tuple[tuple[float, float], ...] = (  # turns per second
 )
 
 Floats = NDArray[np.float32]
+Corners = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 
@@ -252,17 +253,18 @@ class Look:
         """
         turn, side = 2 * math.pi * pose.angle, float(self.size_px)
         cos, sin = math.cos(turn), math.sin(turn)
+        turned = np.stack(
+            [cos * self._outline_x - sin * self._outline_y, sin * self._outline_x + cos * self._outline_y]
+        )
         pieces: list[Piece] = []
         for size, opacity, level in _copies(pose.size):
-            radius = self.radius_px(size)
-            xs = pose.x * side + radius * (cos * self._outline_x - sin * self._outline_y)
-            ys = pose.y * side + radius * (sin * self._outline_x + cos * self._outline_y)
-            whole = _area(xs, ys)
-            for x, y in self._visible(float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())):
-                inside = _within(np.stack([xs + x, ys + y]), side)
-                if share := _area(*inside) / whole:
+            corners = self.radius_px(size) * turned + [[pose.x * side], [pose.y * side]]
+            whole = _area(corners)
+            for shift in self._visible(*corners.min(axis=1), *corners.max(axis=1)):
+                inside = _within(corners + np.reshape(shift, (2, 1)), side)
+                if share := _area(inside) / whole:
                     (x0, y0), (x1, y1) = inside.min(axis=1).tolist(), inside.max(axis=1).tolist()
-                    copy = (round(x / side), round(y / side), level)
+                    copy = (shift[0] // self.size_px, shift[1] // self.size_px, level)
                     pieces.append(Piece((x0, y0, x1, y1), opacity * min(share, 1.0), copy))
         return sorted(pieces, key=lambda piece: -piece.visible)
 
@@ -383,12 +385,13 @@ def _ease(part: float) -> float:
     return part * part * (3 - 2 * part)
 
 
-def _area(xs: Floats, ys: Floats) -> float:
-    """Of a polygon, by its corners."""
+def _area(corners: Corners) -> float:
+    """Of a polygon, by its corners (2, N)."""
+    xs, ys = corners
     return abs(float(np.sum(xs * np.roll(ys, -1) - np.roll(xs, -1) * ys))) / 2
 
 
-def _within(corners: Floats, side: float) -> Floats:
+def _within(corners: Corners, side: float) -> Corners:
     """The part of a polygon that lies in the square from 0 to `side`: its corners (2, N), by Sutherland and Hodgman."""
     for axis, limit, sign in ((0, 0.0, 1), (0, side, -1), (1, 0.0, 1), (1, side, -1)):
         depth = sign * (corners[axis] - limit)
@@ -402,8 +405,8 @@ def _within(corners: Floats, side: float) -> Floats:
         both = np.stack([corners, met], axis=2).reshape(2, -1)  # each corner, then where its edge meets the limit
         corners = both[:, np.stack([depth > 0, crosses], axis=1).ravel()]
         if not corners.size:
-            return np.zeros((2, 1), np.float32)
-    return corners.astype(np.float32)
+            return np.zeros((2, 1))
+    return corners
 
 
 def _color(hue: float, saturation: float, value: float) -> Floats:
