@@ -48,8 +48,8 @@ class ServiceNotStarted(WorldError):
 class EngineReplica:
     """Shell around one Engine."""
 
-    def __init__(self, settings: Settings) -> None:
-        enter_actor(settings)
+    def __init__(self, given: Settings | dict[str, Any]) -> None:
+        settings = enter_actor(given)
         replica_id = f"engine-{serve.get_replica_context().replica_id.unique_id}"
         self._store = open_store(settings.store)
         self._engine = Engine(settings, self._store, replica_id)
