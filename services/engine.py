@@ -12,23 +12,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pipelines.sources import Source
 from services.batcher import Batcher, Row
 from services.frame_queue import FrameQueue
-from services.lanes import Clip, ClipLane
+from services.lanes import Clip, ClipLane, Sight
 from services.previews import Previews
 from services.schemas import Lease, ReplicaInfo, StreamSpec
-from services.session import ModelNotLoaded, OpenSource, Served, Session
+from services.served import Served, ServedRecogniser
+from services.session import ModelNotLoaded, OpenSource, Session
 from services.settings import Settings
 from services.sinks import Outlet, Publisher
 from services.snapshots import Snapshot, encode_snapshot
 from services.store import StaleLease, StateStore
 from services.telemetry import EngineFigures, Telemetry
-from tsm_core.arena import ArenaFull, Slot, WindowArena
+from tsm_core.arena import ArenaFull, WindowArena
 from tsm_core.checkpoints import load_model
 from tsm_core.errors import TSMError, WorldError
 from tsm_core.model import TSM, WindowTSM
@@ -79,6 +80,15 @@ class StepLock:
                 self._quiet.notify_all()
 
 
+T = TypeVar("T")
+
+
+def batches(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:
+    """The items in their order, at most `most` at a time."""
+    for begin in range(0, len(items), most):
+        yield items[begin : begin + most]
+
+
 def pick_device(wanted: str) -> str:
     """`auto` becomes cuda where there is one, else cpu."""
     if wanted != "auto":
@@ -111,7 +121,7 @@ class Engine:
         self.batcher = Batcher(settings.engine.max_batch, settings.engine.max_wait_ms / 1000)
         self.publisher = Publisher(store)
         self.telemetry = Telemetry(self.figures)
-        self.served: dict[str, Served] = {}
+        self.served: dict[str, Served[Any]] = {}
         self._lanes: dict[str, ClipLane] = {}
         self._models = models
         self._open_source = open_source
@@ -140,11 +150,11 @@ class Engine:
         self._started_s = time.time()
         models = self._models if self._models is not None else self._load()
         slots = self.settings.engine.slots
-        self.served = {name: Served(name, model, slots) for name, model in models.items()}
+        self.served = {name: ServedRecogniser(name, model, slots) for name, model in models.items()}
         for served in self.served.values():
             served.warm_up()
         for served in self.served.values():
-            if served.model.mode == "window":
+            if isinstance(served, ServedRecogniser) and served.model.mode == "window":
                 self._lanes[served.name] = self._lane(served)
         self.publisher.start()
         for name, work in (
@@ -223,9 +233,9 @@ class Engine:
         with self._lock.step():
             live = [(session, row) for row in rows if (session := self._session_of(row)) is not None]
             for served in self.served.values():
-                group = [(session, row) for session, row in live if served.name in session.analytics]
-                if group:
-                    self._step(served, group)  # reads and writes shift state in its slots
+                sights = [sight for session, row in live for sight in self._follow(served, session, row)]
+                for batch in batches(sights, self.settings.engine.max_batch):
+                    self._step(served, batch)  # reads and writes shift state in its slots
             for session, row in live:
                 if not session.frozen:
                     session.done(row.waiting)
@@ -242,125 +252,116 @@ class Engine:
         self.telemetry.stage("queue", time.monotonic() - row.waiting.arrived_s)
         return session
 
-    def _step(self, served: Served, group: Sequence[tuple[Session, Row]]) -> None:
-        """Step one model over its rows and hand on what they tell. A row that throws fails its own stream alone."""
-        group = [(session, row) for session, row in group if not session.frozen]
-        ready = [(session, row) for session, row in group if self._follow(served, session, row)]
-        if not ready:
-            return
-        if isinstance(served.arena, WindowArena):
-            self._enter(served, served.arena, ready)
-            return
+    def _follow(self, served: Served[Any], session: Session, row: Row) -> list[Sight]:
+        """What of this frame goes through the model; what a gap before it ended is told."""
+        if session.frozen or served.name not in session.analytics:
+            return []
         try:
-            logits = self._infer(served, ready)
-        except Exception as error:  # noqa: BLE001  whose fault it is, is found out below
-            logits = self._one_by_one(served, ready, error)
-        began_s = time.monotonic()
-        for (session, row), values in zip(ready, logits, strict=True):
-            if values is not None:
-                self._tell(served, session, row, values)
-        self.telemetry.stage("track", (time.monotonic() - began_s) / len(ready))
+            look = session.follow(served.name, row.frame)
+        except Exception as error:  # noqa: BLE001  one stream's analytics must not hurt the others
+            self._fail(session, "ANALYTICS_FAILED", error)
+            return []
+        self._outlets[session].emit(look.events)
+        return [Sight(session, row, view) for view in look.views]
 
-    def _tell(
-        self, served: Served, session: Session, row: Row, values: list[float], warmup: tuple[int, int] | None = None
-    ) -> None:
-        """Scores become events, both go out."""
+    def _step(self, served: Served[Any], batch: Sequence[Sight]) -> None:
+        """Step one model over a batch and hand on what it tells. A picture that throws fails its own stream alone."""
+        if isinstance(served.arena, WindowArena):
+            self._enter(served, served.arena, batch)
+            return
         try:
-            result = session.update(served.name, values, row.frame, warmup)
+            outputs = self._infer(served, batch)
+        except Exception as error:  # noqa: BLE001  whose fault it is, is found out below
+            outputs = self._one_by_one(served, batch, error)
+        began_s = time.monotonic()
+        for sight, output in zip(batch, outputs, strict=True):
+            if output is not None and not sight.session.frozen:
+                self._tell(served, sight, output)
+        self.telemetry.stage("track", (time.monotonic() - began_s) / len(batch))
+
+    def _tell(self, served: Served[Any], sight: Sight, output: Any, warmup: tuple[int, int] | None = None) -> None:
+        """An output becomes records and events, both go out."""
+        session, row = sight.session, sight.row
+        try:
+            result = session.update(served.name, sight.view, output, row.frame, warmup)
         except Exception as error:  # noqa: BLE001  one stream's analytics must not hurt the others
             self._fail(session, "ANALYTICS_FAILED", error)
         else:
             self._outlets[session].emit(result.events, result.scores, row.waiting.arrived_s)
 
-    def _follow(self, served: Served, session: Session, row: Row) -> bool:
-        try:
-            self._outlets[session].emit(session.follow(served.name, row.frame))
-        except Exception as error:  # noqa: BLE001
-            self._fail(session, "ANALYTICS_FAILED", error)
-            return False
-        return True
-
-    def _infer(self, served: Served, ready: Sequence[tuple[Session, Row]]) -> list[list[float] | None]:
+    def _infer(self, served: Served[Any], batch: Sequence[Sight]) -> list[Any]:
         began_s = time.monotonic()
-        pixels = served.model.preprocess([row.frame.image for _, row in ready])  # (N, 3, h, w), on the device
+        pixels = served.preprocess([sight.view.image for sight in batch])  # (N, 3, h, w), on the device
         ready_s = time.monotonic()
-        slots = [session.analytics[served.name].slot for session, _ in ready]
-        logits = served.step(pixels, slots, [row.frame.time_s for _, row in ready])
+        times_s = [sight.row.frame.time_s for sight in batch]
+        outputs = served.step(pixels, [sight.view.slot for sight in batch], times_s)
         self.telemetry.stage("preprocess", ready_s - began_s)
         self.telemetry.stage("infer", time.monotonic() - ready_s)
-        self.telemetry.step(served.name, len(ready))
-        return list(logits)
+        self.telemetry.step(served.name, len(batch))
+        return outputs
 
     # ---- window mode: frames enter rings here, clips go through the model in a lane of their own
 
-    def _lane(self, served: Served) -> ClipLane:
+    def _lane(self, served: ServedRecogniser) -> ClipLane:
         most = max(1, self.settings.engine.max_batch // served.frames_per_result) if self.device != "cpu" else 1
-        return ClipLane(
-            served,
-            most,
-            lambda clips, rows: self._deliver(served, clips, rows),
-            lambda clip, error: self._clip_failed(clip, error),
-        )
+        return ClipLane(served, most, lambda clips, rows: self._deliver(served, clips, rows), self._clip_failed)
 
-    def _enter(self, served: Served, arena: WindowArena, ready: Sequence[tuple[Session, Row]]) -> None:
+    def _enter(self, served: Served[Any], arena: WindowArena, batch: Sequence[Sight]) -> None:
         """Let the frames that are due enter their rings, and send the clips that are due on their way."""
-        slots = [session.analytics[served.name].slot for session, _ in ready]
-        entering, due = arena.plan(slots, [row.frame.time_s for _, row in ready])
+        slots = [sight.view.slot for sight in batch]
+        entering, due = arena.plan(slots, [sight.row.frame.time_s for sight in batch])
         if entering:
-            self._put(served, arena, [(slots[position], *ready[position]) for position in entering])
+            self._put(served, arena, [batch[position] for position in entering])
         for position in due:
-            (session, row), slot = ready[position], slots[position]
-            if session.frozen:
+            sight, slot = batch[position], slots[position]
+            if sight.session.frozen:
                 continue
-            session.in_flight += 1
-            warmup = served.model.warmup(arena, slot)  # type: ignore[arg-type]
-            self._lanes[served.name].submit(Clip(session, row, slot, arena.clips([slot]), warmup))
+            sight.session.in_flight += 1
+            self._lanes[served.name].submit(Clip(sight, arena.clips([slot]), served.warmup(slot)))
 
-    def _put(self, served: Served, arena: WindowArena, entering: Sequence[tuple[Slot, Session, Row]]) -> None:
+    def _put(self, served: Served[Any], arena: WindowArena, entering: Sequence[Sight]) -> None:
         began_s = time.monotonic()
         try:
-            pixels = served.model.preprocess([row.frame.image for _, _, row in entering])
-            arena.put([slot for slot, _, _ in entering], pixels)
+            arena.put([sight.view.slot for sight in entering], served.preprocess([s.view.image for s in entering]))
         except Exception as error:  # noqa: BLE001  whose fault it is, is found out one by one
             if len(entering) == 1:
-                self._fail(entering[0][1], "STEP_FAILED", error)
+                self._fail(entering[0].session, "STEP_FAILED", error)
             else:
                 for one in entering:
                     self._put(served, arena, [one])
             return
         self.telemetry.stage("preprocess", time.monotonic() - began_s)
 
-    def _deliver(self, served: Served, clips: Sequence[Clip], rows: Sequence[list[float]]) -> None:
+    def _deliver(self, served: ServedRecogniser, clips: Sequence[Clip], rows: Sequence[list[float]]) -> None:
         self.telemetry.step(served.name, len(clips))
         with self._lock.between():
             for clip, values in zip(clips, rows, strict=True):
-                session = clip.session
+                session = clip.sight.session
                 session.in_flight -= 1
                 # a stream that is closed, or whose ring began anew meanwhile, has no use for it
-                if not session.frozen and session.analytics[served.name].slot == clip.slot:
-                    self._tell(served, session, clip.row, values, clip.warmup)
+                if not session.frozen and session.analytics[served.name].holds(clip.sight.view):
+                    self._tell(served, clip.sight, values, clip.warmup)
 
     def _clip_failed(self, clip: Clip, error: Exception) -> None:
+        session = clip.sight.session
         with self._lock.between():
-            clip.session.in_flight -= 1
-            if not clip.session.frozen:
-                self._fail(clip.session, "STEP_FAILED", error)
+            session.in_flight -= 1
+            if not session.frozen:
+                self._fail(session, "STEP_FAILED", error)
 
-    def _one_by_one(
-        self, served: Served, ready: Sequence[tuple[Session, Row]], error: Exception
-    ) -> list[list[float] | None]:
-        """The rows of a batch that threw, each alone: the guilty ones give None and fail their streams."""
-        log.warning("a step of %s with %d rows failed: %s", served.name, len(ready), error)
-        logits: list[list[float] | None] = []
-        for session, row in ready:
+    def _one_by_one(self, served: Served[Any], batch: Sequence[Sight], error: Exception) -> list[Any]:
+        """The outputs of a batch that threw, each alone: the guilty ones give None and fail their streams."""
+        log.warning("a step of %s with %d rows failed: %s", served.name, len(batch), error)
+        outputs: list[Any] = []
+        for sight in batch:
             try:
-                logits += self._infer(served, [(session, row)])
+                outputs += self._infer(served, [sight])
             except Exception as own:  # noqa: BLE001
-                self._fail(session, "STEP_FAILED", own)
-                logits.append(None)
-        if len(ready) > 1 and all(row is None for row in logits):
+                self._fail(sight.session, "STEP_FAILED", own)
+                outputs.append(None)
+        if len({sight.session for sight in batch}) > 1 and all(output is None for output in outputs):
             raise EngineUnhealthy(f"every row of a step of {served.name} failed: {error}") from error
-        return logits
+        return outputs
 
     def _fail(self, session: Session, code: str, error: Exception) -> None:
         log.error("%s: %s", session.id, code, exc_info=error)

@@ -10,18 +10,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.analytics import View
 from services.batcher import Row
-from services.session import Served, Session
+from services.served import ServedRecogniser
+from services.session import Session
 from tsm_core.arena import Slot
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
-    """A result that is due: a copy of the stream's ring (1, T, C, H, W), and the frame and warm-up it belongs to."""
+class Sight:
+    """One view on its way through a model, with the stream and the frame that it belongs to."""
 
     session: Session
     row: Row
-    slot: Slot
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A result that is due: a copy of the slot's ring (1, T, C, H, W), and the sight and warm-up it belongs to."""
+
+    sight: Sight
     pixels: Tensor
     warmup: tuple[int, int]
 
@@ -33,16 +42,16 @@ Fail = Callable[[Clip, Exception], None]
 class ClipLane:
     """Runs one model's clips, at most `most` at a time, oldest first.
 
-    While it is behind, a stream's newer clip takes the place of the one that waits: results get rarer, never older.
+    While it is behind, a slot's newer clip takes the place of the one that waits: results get rarer, never older.
     `deliver` and `fail` are called from the thread of `run`.
     """
 
-    def __init__(self, served: Served, most: int, deliver: Deliver, fail: Fail) -> None:
+    def __init__(self, served: ServedRecogniser, most: int, deliver: Deliver, fail: Fail) -> None:
         self.served = served
         self._most = most
         self._deliver = deliver
         self._fail = fail
-        self._waiting: dict[Session, Clip] = {}
+        self._waiting: dict[Slot, Clip] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._busy_since_s: float | None = None
@@ -56,9 +65,9 @@ class ClipLane:
     def submit(self, clip: Clip) -> None:
         """Let the clip have its turn; never blocks."""
         with self._changed:
-            if self._waiting.pop(clip.session, None) is not None:
-                clip.session.clip_skipped(self.served.name)
-            self._waiting[clip.session] = clip
+            if self._waiting.pop(clip.sight.view.slot, None) is not None:
+                clip.sight.session.clip_skipped(self.served.name)
+            self._waiting[clip.sight.view.slot] = clip
             self._changed.notify()
 
     def run(self) -> None:
@@ -84,8 +93,8 @@ class ClipLane:
     def _take(self) -> list[Clip]:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            sessions = list(self._waiting)[: self._most]
-            return [self._waiting.pop(session) for session in sessions]
+            slots = list(self._waiting)[: self._most]
+            return [self._waiting.pop(slot) for slot in slots]
 
     def _alone(self, clip: Clip, error: Exception | None) -> None:
         try:

@@ -148,6 +148,7 @@ class ModelStatus(Wire):
     """One model at work on a stream, with the cost of one of its results on this replica."""
 
     name: str
+    task: Literal["recognition", "detection"] = "recognition"
     mode: Literal["step", "window"]
     frames_per_result: int = Field(description="frames that go through the network for one result")
     window_s: float | None = Field(None, description="window mode: seconds of video one result sees")

@@ -1,47 +1,36 @@
-"""One stream on one replica: its source, waiting frames, shift state, smoothing and actions."""
+"""One stream on one replica: its source, its waiting frames, and what each model knows of it."""
 
 from __future__ import annotations
 
 import hashlib
-import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
 from pipelines.sources import SourceConfig, SourceCounters, SourceState
+from services.analytics import Analytics, Look, Result, View
 from services.frame_queue import FrameQueue, Waiting
+from services.recognition import Recognition
 from services.schemas import (
     Latency,
     Lease,
-    ModelStatus,
     Restored,
     StreamModel,
     StreamSpec,
     StreamState,
     StreamStatus,
-    cloud_event,
-    score_record,
     state_event,
 )
+from services.served import Served, ServedRecogniser
 from services.settings import Settings
-from services.snapshots import ModelState, Snapshot, SnapshotError, decode_snapshot, sha256
+from services.snapshots import Snapshot, SnapshotError, decode_snapshot, sha256
 from services.telemetry import StreamFigures
-from tsm_core.arena import Arena, Slot, WindowArena
-from tsm_core.errors import CallerError, ShapeError
-from tsm_core.events import ActionDetector
-from tsm_core.model import TSM, WindowTSM
-from tsm_core.postprocess import new_smoother
-from tsm_core.types import ActionEvent, Frame, Scores
+from tsm_core.errors import CallerError
+from tsm_core.types import Frame
 
-BACKWARD_S = 0.5  # a clock may be set back so far without a new beginning
 LATENCY_S = 60.0
-COSTS_KEPT = 32
 RATE_S = 3.0
 
 
@@ -66,172 +55,10 @@ class SourceLike(Protocol):
 OpenSource = Callable[[SourceConfig, Callable[[Frame], None], Callable[[SourceState], None], int], SourceLike]
 
 
-class Served:
-    """A model that this replica holds, with the slots of its streams.
-
-    schema names weights and layout: a state that was saved under another one is never loaded.
-    """
-
-    def __init__(self, name: str, model: TSM | WindowTSM, slots: int) -> None:
-        self.name = name
-        self.model = model
-        self.recipe = model.recipe
-        self.arena: Arena | WindowArena = model.new_arena(slots)
-        self.schema = f"{name}@{model_version(model)}:{model.mode}:{self.arena.elements}"
-        self._costs_ms: deque[float] = deque(maxlen=COSTS_KEPT)
-
-    @property
-    def frames_per_result(self) -> int:
-        """Frames that go through the network for one result."""
-        return self.recipe.frames if self.model.mode == "window" else 1
-
-    @property
-    def result_cost_ms(self) -> float | None:
-        """Compute time of one result, the median of the last ones; None before the first."""
-        costs_ms = list(self._costs_ms)
-        return round(statistics.median(costs_ms), 3) if costs_ms else None
-
-    def warm_up(self) -> None:
-        """Run one frame through, so that the first camera does not wait for lazy set-up."""
-        side_px = self.model.input_px
-        pixels = self.model.preprocess([torch.zeros(3, side_px, side_px, dtype=torch.uint8)])
-        if isinstance(self.arena, WindowArena):
-            self.infer(pixels.expand(self.recipe.frames, -1, -1, -1)[None])
-            return
-        slot = self.arena.allocate()
-        self.step(pixels, [slot], [0.0])
-        self.arena.free(slot)
-
-    def step(self, pixels: Tensor, slots: Sequence[Slot], times_s: Sequence[float]) -> list[list[float]]:
-        """One row of logits per slot, from one frame each."""
-        return self._timed(lambda: self.model.step(pixels, self.arena, slots, times_s))  # type: ignore[arg-type]
-
-    def infer(self, clips: Tensor) -> list[list[float]]:
-        """One row of logits per clip (N, T, C, H, W), in window mode."""
-        with torch.no_grad():
-            return self._timed(lambda: self.model(clips))
-
-    def _timed(self, work: Callable[[], Tensor]) -> list[list[float]]:
-        # other streams' threads are not this model's cost; several threads of its own can only be timed by the wall
-        alone = self.arena.device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.thread_time if alone else time.perf_counter
-        began_s = clock()
-        rows: list[list[float]] = work().float().tolist()
-        self._costs_ms.append(1000 * (clock() - began_s) / len(rows))
-        return rows
-
-
-def model_version(model: nn.Module) -> str:
-    """First 12 hex digits of the digest of a model's recipe and weights."""
-    digest = hashlib.sha256(str(getattr(model, "recipe", "")).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-class Analytics:
-    """What one model knows of one stream: its slot, the smoothed scores, the open action."""
-
-    def __init__(self, served: Served, stream_id: str, options: StreamModel, max_gap_s: float) -> None:
-        self.served = served
-        self.options = options
-        self.max_gap_s = max_gap_s
-        self.smoother = new_smoother(served.recipe, options.smoother)
-        self.detector = ActionDetector(
-            stream_id,
-            served.name,
-            served.recipe,
-            threshold=options.threshold,
-            off_threshold=options.off_threshold,
-        )
-        self.results = 0
-        self.skipped = 0
-        self.slot = self._allocate()
-        self.last_time_s: float | None = None
-
-    def follow(self, frame: Frame) -> list[ActionEvent]:
-        """Make ready for a frame: after a gap in time the state begins anew and an open action ends where it was."""
-        before_s, self.last_time_s = self.last_time_s, frame.time_s
-        if before_s is None or -BACKWARD_S <= frame.time_s - before_s <= self.max_gap_s:
-            return []
-        self.free()
-        self.slot = self._allocate()
-        self.smoother.reset()
-        return self.detector.close()
-
-    def update(
-        self, row: list[float], frame: Frame, warmup: tuple[int, int] | None = None
-    ) -> tuple[Scores, list[ActionEvent]]:
-        """Smoothed scores and what they tell. warmup: what the slot said when the result became due."""
-        self.results += 1
-        values = self.smoother.update(row, frame.time_s)
-        seen, total = warmup or self.warmup()
-        scores = Scores(self.served.recipe.labels, values, seen, total)
-        return scores, self.detector.update(scores, frame.number, frame.pts_s, frame.time_s)
-
-    def status(self) -> ModelStatus:
-        """What the model does on this stream, and what a result costs."""
-        arena = self.served.arena
-        window = stride = None
-        if isinstance(arena, WindowArena):
-            window, stride = self.options.window_s or arena.window_s, self.options.stride_s or arena.stride_s
-        return ModelStatus(
-            name=self.served.name,
-            mode=self.served.model.mode,
-            frames_per_result=self.served.frames_per_result,
-            window_s=window,
-            stride_s=stride,
-            results=self.results,
-            skipped=self.skipped,
-            result_cost_ms=self.served.result_cost_ms,
-        )
-
-    def warmup(self) -> tuple[int, int]:
-        """(k, L): frames that the shift state has seen, of those that matter."""
-        return self.served.model.warmup(self.served.arena, self.slot)  # type: ignore[arg-type]
-
-    def export(self) -> ModelState:
-        """All of it, for a snapshot."""
-        arena = self.served.arena
-        return ModelState(
-            name=self.served.name,
-            schema=self.served.schema,
-            steps=arena.steps(self.slot),
-            state=arena.export(self.slot),
-            smoother=self.smoother.state(),
-            detector=self.detector.state(),
-        )
-
-    def restore(self, saved: ModelState, time_s: float) -> None:
-        """Go on from a snapshot. Raises SnapshotError when it belongs to other weights or another layout."""
-        if saved.schema != self.served.schema:
-            raise SnapshotError(f"saved state is of {saved.schema}, this replica serves {self.served.schema}")
-        self.served.arena.restore(self.slot, saved.state, saved.steps)
-        try:
-            self.smoother.restore(dict(saved.smoother))
-        except ShapeError as error:  # the stream's smoother was changed
-            raise SnapshotError(str(error)) from None
-        self.detector.restore(dict(saved.detector))
-        self.last_time_s = time_s
-
-    def free(self) -> None:
-        """Give the slot back."""
-        self.served.arena.free(self.slot)
-
-    def _allocate(self) -> Slot:
-        arena = self.served.arena
-        if isinstance(arena, WindowArena):
-            return arena.allocate(self.options.window_s, self.options.stride_s)
-        return arena.allocate()
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What one frame gave: records ready for the wire."""
-
-    scores: list[dict[str, Any]]
-    events: list[dict[str, Any]]
+def open_analytics(served: Served[Any], stream_id: str, options: StreamModel, max_gap_s: float) -> Analytics[Any]:
+    """What this model will know of the stream. Raises ArenaFull."""
+    assert isinstance(served, ServedRecogniser)
+    return Recognition(served, stream_id, options, max_gap_s)
 
 
 class Session:
@@ -245,7 +72,7 @@ class Session:
         self,
         spec: StreamSpec,
         lease: Lease,
-        served: Mapping[str, Served],
+        served: Mapping[str, Served[Any]],
         settings: Settings,
         *,
         on_ready: Callable[[FrameQueue], None],
@@ -281,14 +108,14 @@ class Session:
         self._checkpoint_s: float | None = None
         self._latencies: deque[tuple[float, float]] = deque(maxlen=4096)
         self._counts: deque[tuple[float, int, int]] = deque()
-        self.analytics: dict[str, Analytics] = {}
+        self.analytics: dict[str, Analytics[Any]] = {}
         try:
             for options in spec.models or (StreamModel(name=settings.engine.models[0].name),):
                 if options.name not in served:
                     raise ModelNotLoaded(
                         f"model {options.name!r} is not loaded here; loaded: {', '.join(sorted(served))}"
                     )
-                self.analytics[options.name] = Analytics(
+                self.analytics[options.name] = open_analytics(
                     served[options.name], spec.id, options, settings.engine.state_max_gap_s
                 )
         except Exception:
@@ -334,12 +161,19 @@ class Session:
             raise SnapshotError(
                 f"saved state is {gap_s:.1f} s old, engine.state_max_gap_s is {self.settings.engine.state_max_gap_s:g}"
             )
-        saved = {model.name: model for model in snapshot.models}
-        found = [name for name in self.analytics if name in saved]
+        saved = {name: [state for state in snapshot.models if state.name == name] for name in self.analytics}
+        found = [name for name, states in saved.items() if states]
         if not found:
-            raise SnapshotError(f"saved state is of {', '.join(saved) or 'no model'}")
-        for name in found:
-            self.analytics[name].restore(saved[name], snapshot.time_s)
+            names = dict.fromkeys(state.name for state in snapshot.models)
+            raise SnapshotError(f"saved state is of {', '.join(names) or 'no model'}")
+        refused: list[SnapshotError] = []
+        for name in found:  # a model that has changed begins anew, the others go on
+            try:
+                self.analytics[name].restore(saved[name], snapshot.time_s)
+            except SnapshotError as error:
+                refused.append(error)
+        if len(refused) == len(found):
+            raise refused[0]
         self._resumed = snapshot
         self.saved_number = snapshot.frame_number
         self.restored = Restored(
@@ -354,8 +188,7 @@ class Session:
 
     def _source_config(self) -> SourceConfig:
         source, limits = self.spec.source, self.settings.source
-        specs = [analytics.served.recipe.preprocess for analytics in self.analytics.values()]
-        needed_px = [spec.resize_px if spec.resize == "short" else spec.input_px for spec in specs]
+        needed_px = [analytics.served.needed_px for analytics in self.analytics.values()]
         return SourceConfig(
             stream_id=self.id,
             uri=source.uri,
@@ -392,17 +225,17 @@ class Session:
 
     # ---- from the batching loop
 
-    def follow(self, name: str, frame: Frame) -> list[dict[str, Any]]:
-        """Events of actions that a gap before this frame ended."""
-        return [cloud_event(event) for event in self.analytics[name].follow(frame)]
+    def follow(self, name: str, frame: Frame) -> Look:
+        """What of this frame goes through one model, and the events of what ended before it."""
+        return self.analytics[name].follow(frame)
 
-    def update(self, name: str, row: list[float], frame: Frame, warmup: tuple[int, int] | None = None) -> Result:
-        """What one model's logits of one frame tell."""
-        scores, events = self.analytics[name].update(row, frame, warmup)
-        record = score_record(self.id, name, frame.number, frame.pts_s, frame.time_s, scores)
-        self._top = (record["label"], record["score"])
-        self._warmup = record["warmup"]
-        return Result([record], [cloud_event(event) for event in events])
+    def update(self, name: str, view: View, output: Any, frame: Frame, warmup: tuple[int, int] | None = None) -> Result:
+        """What one model's output for one view of a frame tells."""
+        result = self.analytics[name].update(view, output, frame, warmup)
+        for record in result.scores:
+            self._top = (record["label"], record["score"])
+            self._warmup = record["warmup"]
+        return result
 
     def clip_skipped(self, name: str) -> None:
         """A clip that was due gave way to a newer one."""
@@ -448,7 +281,7 @@ class Session:
             received=received,
             processed=processed,
             dropped=dropped,
-            models=tuple(analytics.export() for analytics in self.analytics.values()),
+            models=tuple(state for analytics in self.analytics.values() for state in analytics.export()),
         )
 
     def saved(self, frame_number: int) -> None:
@@ -458,8 +291,8 @@ class Session:
         self._checkpoint_s = self.saved_s
 
     def finish(self) -> list[dict[str, Any]]:
-        """End the actions that are open; their events."""
-        return [cloud_event(event) for each in self.analytics.values() for event in each.detector.close()]
+        """End what is open; its events."""
+        return [event for analytics in self.analytics.values() for event in analytics.close()]
 
     def free(self) -> None:
         """Give the slots back."""

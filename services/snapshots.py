@@ -1,7 +1,7 @@
 """A stream's shift state and all that belongs to it, as bytes that another replica can go on from.
 
 Layout, little endian: `TSMS`, version (u8), length of the header (u32), header (JSON), then one run of fp16 values per
-model in the header's order. Nothing in it can execute code.
+slot in the header's order. Nothing in it can execute code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from tsm_core.errors import WorldError
 
 MAGIC = b"TSMS"
-VERSION = 1
+VERSION = 2
 _PREFIX = struct.Struct("<4sBI")
 
 
@@ -31,18 +31,19 @@ class SnapshotError(WorldError):
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """What one model remembers of a stream.
+    """What one model remembers of a stream in one slot.
 
     schema names the weights and the layout of the state: it fits that very model only. state fp16 (values,), on the
-    CPU. steps counts the frames it has seen.
+    CPU. steps counts the frames it has seen. memory is what is known beside the state, JSON values. subject is the
+    tracked object that the slot belongs to; empty: the stream itself.
     """
 
     name: str
     schema: str
     steps: int
     state: Tensor
-    smoother: Mapping[str, Any] = field(default_factory=dict)
-    detector: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    subject: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,8 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
                 "schema": model.schema,
                 "steps": model.steps,
                 "values": model.state.numel(),
-                "smoother": model.smoother,
-                "detector": model.detector,
+                "memory": model.memory,
+                "subject": model.subject,
             }
             for model in snapshot.models
         ],
@@ -118,8 +119,8 @@ def decode_snapshot(blob: bytes) -> Snapshot:
                     str(model["schema"]),
                     int(model["steps"]),
                     state,
-                    model["smoother"],
-                    model["detector"],
+                    model["memory"],
+                    str(model["subject"]),
                 )
             )
         return Snapshot(

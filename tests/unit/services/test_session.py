@@ -6,7 +6,8 @@ import torch
 
 from pipelines.sources import SourceState
 from services.schemas import Lease, StreamModel, StreamStatus
-from services.session import Served, Session
+from services.served import ServedRecogniser
+from services.session import Session
 from services.snapshots import SnapshotError, decode_snapshot, encode_snapshot, sha256
 from tests.unit.services.engine_kit import MODEL, HandSource, picture, settings, small_model, spec
 from tsm_core.arena import ArenaFull
@@ -16,8 +17,8 @@ LEASE = Lease(stream_id="door", owner="r1", epoch=3)
 
 
 @pytest.fixture
-def served() -> dict[str, Served]:
-    return {MODEL: Served(MODEL, small_model(), slots=4)}
+def served() -> dict[str, ServedRecogniser]:
+    return {MODEL: ServedRecogniser(MODEL, small_model(), slots=4)}
 
 
 def session_of(served, told=None, **more) -> Session:
@@ -41,10 +42,10 @@ def step(served, session: Session, one: Frame) -> list[float]:
     session.on_frame(one)
     waiting = session.queue.take()
     assert waiting is not None
-    session.follow(MODEL, one)
+    (view,) = session.follow(MODEL, one).views
     model = served[MODEL]
-    (row,) = model.step(model.model.preprocess([one.image]), [session.analytics[MODEL].slot], [one.time_s])
-    session.update(MODEL, row, one)
+    (row,) = model.step(model.preprocess([view.image]), [view.slot], [one.time_s])
+    session.update(MODEL, view, row, one)
     session.done(waiting)
     return row
 
@@ -83,8 +84,8 @@ def test_a_snapshot_survives_the_wire(served):
     after = decode_snapshot(encode_snapshot(before))
     assert replace(after, models=()) == replace(before, models=())
     assert torch.equal(after.models[0].state, before.models[0].state)
-    assert after.models[0].smoother == before.models[0].smoother
-    assert after.models[0].detector == before.models[0].detector
+    assert after.models[0].memory == before.models[0].memory
+    assert after.models[0].memory.keys() == {"smoother", "actions"}
     assert after.models[0].steps == 1
 
 
@@ -98,14 +99,14 @@ def test_a_damaged_snapshot_is_refused_and_the_stream_starts_cold(served, damage
     other = session_of(served)
     other.resume(blob, None)
     assert other.restored.mode == "cold"
-    assert other.analytics[MODEL].warmup()[0] == 0
+    assert served[MODEL].warmup(other.analytics[MODEL].slot)[0] == 0
 
 
 def test_a_state_of_other_weights_is_refused(served):
     session = session_of(served)
     step(served, session, frame(0, time.time()))
     blob = encode_snapshot(session.export())  # type: ignore[arg-type]
-    other = session_of({MODEL: Served(MODEL, small_model(seed=1), slots=4)})
+    other = session_of({MODEL: ServedRecogniser(MODEL, small_model(seed=1), slots=4)})
     other.resume(blob, None)
     assert other.restored.mode == "cold"
     assert "replica serves" in other.status().status_message
