@@ -112,7 +112,7 @@ def clean(
     """
     raw = np.asarray(boxes, np.float64).reshape(-1, 4)
     count = len(raw)
-    finite = np.isfinite(raw).all(1)
+    finite: Bools = np.isfinite(np.max(np.abs(raw), axis=1))
     safe = np.where(finite[:, None], raw, 0.0)
     thin = _thin(safe)
     cut = np.clip(safe, 0.0, np.array([*size, *size], np.float64))
