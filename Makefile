@@ -18,6 +18,8 @@ $(VENV)/bin/python:
 $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing the service into $(VENV) (a few minutes the first time) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@# alone: its opencv-python would need libGL and overwrite opencv-python-headless
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps trackers
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
