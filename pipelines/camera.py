@@ -16,6 +16,7 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
@@ -26,7 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import av
 import numpy as np
 from av.video.frame import PictureType
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from pipelines.rtp import CLOCK_HZ, Codec, ParameterSets, is_key, payloads, split_nals
@@ -42,6 +43,7 @@ NUMBER_BITS = 20
 CHECK_BITS = 4
 BLOCKS_PER_WIDTH = 40  # a block is 1/40 of the picture wide and high: 8 px at 320 px
 CATCH_UP_FRAMES = 3
+BIT_RATE = 1_000_000
 LONGEST_KEY_GAP_S = 2.0
 SEEK_FRAMES = 60  # farther ahead, a file is sought rather than decoded through
 
@@ -313,6 +315,27 @@ class Encoder:
         return split_nals(b"".join(bytes(packet) for packet in self._context.encode(frame)))
 
 
+def viewed_pictures(
+    source: Source, frames: int, bit_rate: int = BIT_RATE, size: tuple[int, int] | None = None
+) -> Iterator[Pixels]:
+    """The first pictures of a source as a viewer decodes them: number burnt in, H.264, a key frame every second.
+
+    size: width and height that they are scaled to, as the service's decoders do it.
+    """
+    encoder: Encoder | None = None
+    decoder: Any = av.CodecContext.create("h264", "r")
+    for number in range(frames):
+        image = burn_frame_number(source.frame(number), number)
+        if encoder is None:
+            encoder = Encoder("h264", image.shape[1], image.shape[0], source.fps, bit_rate)
+        nals = encoder.encode(image, round(number * CLOCK_HZ / source.fps), key=number % round(source.fps) == 0)
+        packet = av.Packet(b"".join(b"\0\0\0\1" + nal for nal in nals))
+        for picture in [*decoder.decode(packet), *(decoder.decode(None) if number == frames - 1 else ())]:
+            if size:
+                picture = picture.reformat(*size, "rgb24", interpolation=Interpolation.FAST_BILINEAR)
+            yield _rgb(picture)
+
+
 class AccessUnit(NamedTuple):
     """One compressed picture, cut for RTP."""
 
@@ -425,7 +448,7 @@ class Camera:
         auth: Auth = "none",
         username: str = "",
         password: str = "",
-        bit_rate: int = 1_000_000,
+        bit_rate: int = BIT_RATE,
         burn: bool | None = None,
         always: bool = False,
         transports: tuple[str, ...] = ("tcp", "udp"),

@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 import torchvision
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.camera import Encoder, burn_frame_number
+from pipelines.camera import viewed_pictures
 from pipelines.scenes import LABELS, ClipMaker, Pixels, Scene
 from tsm_core.checkpoints import save_model
 from tsm_core.model import TSM, build
@@ -232,18 +231,6 @@ def drawn_pictures(scene: Scene, frames: int) -> Iterator[Pixels]:
     return (scene.frame(number) for number in range(frames))
 
 
-def camera_pictures(scene: Scene, frames: int, bit_rate: int = 1_000_000) -> Iterator[Pixels]:
-    """The film's pictures as a viewer decodes them: number burnt in, H.264, a key frame every second."""
-    encoder = Encoder("h264", scene.size_px, scene.size_px, scene.fps, bit_rate)
-    decoder: Any = av.CodecContext.create("h264", "r")
-    for number in range(frames):
-        image = burn_frame_number(scene.frame(number), number)
-        nals = encoder.encode(image, round(number * 90_000 / scene.fps), key=number % round(scene.fps) == 0)
-        packet = av.Packet(b"".join(b"\0\0\0\1" + nal for nal in nals))
-        for decoded in [*decoder.decode(packet), *(decoder.decode(None) if number == frames - 1 else ())]:
-            yield decoded.to_ndarray(format="rgb24")
-
-
 def step_films(model: TSM, scenes: Sequence[Scene], frames: int, pictures: FilmPictures = drawn_pictures) -> Tensor:
     """Logits (streams, frames, K) of films stepped side by side through an arena, as served, from cold starts."""
     arena = model.new_arena(len(scenes))
@@ -374,7 +361,7 @@ def make_card(model: TSM, command: str, steps: int, seed: int, training_s: float
             "films": f"{len(UNSEEN)} unseen films of 60 s as drawn, {len(half)} of them through the simulated camera's"
             f" H.264 at 1 Mbit/s; 320 px, stepped frame by frame; settled is from {SETTLED_S:.0f} s after a change.",
             "drawn": _score_rows(evaluate_streams(model)),
-            "camera": _score_rows(evaluate_streams(model, half, pictures=camera_pictures)),
+            "camera": _score_rows(evaluate_streams(model, half, pictures=viewed_pictures)),
         },
         "limits": "Knows these films only: it is a demonstration, not a recogniser of real motion. Motion slower than"
         " 25 px/s, 100 degrees/s or 0.7 log/s (in a picture of 64 px) was hardly trained and may read as still.",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipelines.camera import viewed_pictures
 from pipelines.scenes import LABELS, Scene
-from pipelines.train_motion import camera_pictures, evaluate_streams, step_films
+from pipelines.train_motion import evaluate_streams, step_films
 from tsm_core.checkpoints import load_model, read_card
 from tsm_core.model import TSM
 from tsm_core.zoo import find_model
@@ -47,7 +48,7 @@ def test_motion9_knows_unseen_streams(motion9: TSM):
 
 
 def test_motion9_knows_what_a_camera_sends(motion9: TSM):
-    score = evaluate_streams(motion9, range(71_000, 71_003), seconds=24, size_px=320, pictures=camera_pictures)
+    score = evaluate_streams(motion9, range(71_000, 71_003), seconds=24, size_px=320, pictures=viewed_pictures)
     assert score.settled >= 0.97, score
 
 
