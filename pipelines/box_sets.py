@@ -8,12 +8,16 @@ from pathlib import Path
 from pipelines.box_data import BoxVideos, Renamed
 from pipelines.datasets import Part
 from pipelines.moving_shapes import MovingShapes
+from pipelines.scene_boxes import SceneBoxes
 from tsm_core.errors import CallerError
 
 Opener = Callable[[Path | None, Part], BoxVideos]  # folder that holds the data sets' folders, part -> videos
 
 # by a recipe's `dataset`; a set that is drawn looks at no folder
-BOX_SETS: dict[str, Opener] = {"moving-shapes": lambda _, part: MovingShapes(part)}
+BOX_SETS: dict[str, Opener] = {
+    "moving-shapes": lambda _, part: MovingShapes(part),
+    "scenes": lambda _, part: SceneBoxes(part),
+}
 
 
 class UnknownBoxes(CallerError):

@@ -1,0 +1,143 @@
+"""Films of scenes with boxes: the same for ever, true in every pixel, and none that the demo shows."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import box_iou
+
+from pipelines.datasets import Part
+from pipelines.scene_boxes import (
+    DRAWN_PX,
+    FILMS,
+    FIRST_SEED,
+    LEAST_VISIBLE,
+    SENT_PX,
+    SceneBoxes,
+    detection_ap50,
+    objects_of,
+)
+from pipelines.scenes import KINDS, LABELS, Scene
+from tsm_core.types import Detection
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_film_follows_from_its_number(part: Part):
+    here, there = SceneBoxes(part), pickle.loads(pickle.dumps(SceneBoxes(part)))
+    first, again = here.video(5), there.video(5)
+    assert (first.name, len(first)) == (again.name, len(again))
+    assert torch.equal(first.read([30, 3, 4]), again.frames[[30, 3, 4]])
+    for one, other in zip(first.objects, again.objects, strict=True):
+        assert np.array_equal(one.boxes, other.boxes)
+        assert np.array_equal(one.tracks, other.tracks)
+        assert one.condition == other.condition
+        assert one.condition in LABELS
+    assert here.video(6).name != first.name
+    with pytest.raises(IndexError):
+        here.video(len(here))
+
+
+def test_no_film_is_both_learnt_and_judged_or_shown():
+    seeds = {part: range(first, first + FILMS[part]) for part, first in FIRST_SEED.items()}
+    assert not set(seeds["train"]) & set(seeds["val"])
+    assert min(map(min, seeds.values())) > 1 << 32  # seeds of cameras are small
+
+
+@pytest.mark.parametrize(("part", "side"), [("train", DRAWN_PX), ("val", SENT_PX)])
+def test_boxes_bound_what_differs_from_the_empty_scene(part: Part, side: int):
+    for index in range(3 if part == "train" else 1):
+        video = SceneBoxes(part).video(index)
+        scene = Scene(FIRST_SEED[part] + index, DRAWN_PX if part == "train" else 320)
+        empty = scene.look.background.resize((side, side), Image.Resampling.BILINEAR)
+        frames = video.read(range(0, len(video), 6))
+        assert frames.shape[1:] == (3, side, side)
+        seen = 0
+        for frame, objects in zip(frames, video.objects[::6], strict=True):
+            assert set(objects.labels.tolist()) == {KINDS.index(scene.look.kind)}
+            assert np.array_equal(objects.ignore, objects.visible < LEAST_VISIBLE)
+            differs = np.abs(frame.permute(1, 2, 0).numpy().astype(int) - np.asarray(empty)).max(axis=2) > 80
+            differs[-round(side / 20) :] = False  # the camera writes its number there
+            inside = np.zeros_like(differs)
+            for x1, y1, x2, y2 in objects.boxes:
+                assert min(x1, y1) >= 0
+                assert max(x2, y2) <= side
+                inside[max(0, int(y1) - 1) : int(y2) + 2, max(0, int(x1) - 1) : int(x2) + 2] = True
+            assert (differs & inside).sum() >= 0.99 * differs.sum()
+            seen += int(differs.sum())
+        assert seen > 0.01 * differs.size * len(frames)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_track_is_what_the_eye_follows(seed: int):
+    objects = objects_of(Scene(seed, 64), 300)
+    lost, met = 0, 0
+    for before, after in pairwise(objects):
+        for this in (before, after):
+            assert len(set(this.tracks.tolist())) == len(this)
+        alike = box_iou(torch.from_numpy(before.boxes), torch.from_numpy(after.boxes)).numpy()
+        same = before.tracks[:, None] == after.tracks[None]
+        big = (before.visible > 0.5)[:, None] & (after.visible > 0.5)[None]
+        assert (alike[same & big] > 0.35).all()  # the fastest goes a tenth of the picture in a frame
+        met += int((same & big).sum())
+        lost += int(((alike > 0.8) & big & ~same).sum())
+    assert met > 200
+    assert not lost
+    assert len({track for each in objects for track in each.tracks.tolist()}) > 2
+
+
+def test_what_comes_in_is_not_what_went_out():
+    scene = Scene(3, 64)
+    number = next(n for n in range(2000) if scene.label_at(n) == "right" and scene.label_at(n + 29) == "right")
+    tracks = [set(each.tracks[each.visible > 0.9].tolist()) for each in objects_of(scene, number + 30)[number:]]
+    places = [scene.timeline.pose_at(number + n).x for n in range(30)]
+    assert max(np.diff(places)) < 0.5
+    rounds = sum(after < before for before, after in pairwise(places))
+    assert rounds >= 1
+    assert len(set.union(*tracks)) >= rounds
+    assert scene.look.kind in KINDS
+
+
+def _told(scene: Scene, numbers: list[int], visible: float = LEAST_VISIBLE) -> dict[int, list[Detection]]:
+    truth = objects_of(scene, numbers[-1] + 1)
+    return {
+        number: [
+            Detection(KINDS[label], 0.9, tuple(box))
+            for box, label, seen in zip(
+                truth[number].boxes.tolist(), truth[number].labels.tolist(), truth[number].visible, strict=True
+            )
+            if seen >= visible
+        ]
+        for number in numbers
+    }
+
+
+def test_who_tells_the_truth_scores_one():
+    scenes = [Scene(seed, 320) for seed in range(3)]
+    told = [_told(scene, list(range(40, 70, 1 + seed))) for seed, scene in enumerate(scenes)]
+    assert detection_ap50(zip(scenes, told, strict=True)) == pytest.approx(1)
+    eager = [_told(scene, list(range(40, 70)), visible=0.0) for scene in scenes]
+    assert detection_ap50(zip(scenes, eager, strict=True)) == pytest.approx(1)  # slivers may be told
+    moved = [{n + 45: found for n, found in frames.items()} for frames in told]
+    assert detection_ap50(zip(scenes, moved, strict=True)) < 0.9
+    wrong = {"ball": "badge", "badge": "planet", "planet": "cat"}
+    misnamed = [
+        {n: [Detection(wrong[d.label], d.score, d.xyxy) for d in found] for n, found in frames.items()}
+        for frames in told
+    ]
+    assert detection_ap50(zip(scenes, misnamed, strict=True)) == 0
+
+
+def test_half_of_the_truth_scores_half_and_silence_nothing():
+    scene = Scene(1, 320)
+    told = _told(scene, list(range(60)))
+    half = {n: found if n % 2 else [] for n, found in told.items()}
+    right = sum(map(len, half.values())) / sum(map(len, told.values()))
+    assert detection_ap50([(scene, half)]) == pytest.approx(right)
+    assert detection_ap50([(scene, {n: [] for n in range(10)})]) == 0
+    assert detection_ap50([(scene, {})]) is None
+    assert detection_ap50([]) is None
