@@ -1,31 +1,29 @@
-"""A network while it learns: one process's part of each step, and how good the network is by now."""
+"""A recogniser while it learns: one process's part of each step, and how good the network is by now."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.augment import Blend, ClipAugment, soft_cross_entropy
+from pipelines.curves import contact_sheet
+from pipelines.init_weights import init_model
 from pipelines.metrics import confusion_matrix, mean_class_accuracy, ranking, top_k_accuracy
-from pipelines.optim import freeze_norms, scaled_lr, set_rate, sgd
+from pipelines.optim import freeze_norms, lr_share, sgd
 from pipelines.scoring import NotFinite
+from pipelines.study import Study, Team
 from pipelines.training_data import (
     AugmentedClips,
     Batch,
     Judged,
     NothingReadable,
-    Order,
     TrainingData,
     ValidationViews,
     load_batches,
@@ -33,63 +31,14 @@ from pipelines.training_data import (
     open_training_data,
     taken,
 )
-from pipelines.training_job import AMP, Job
+from pipelines.training_job import Job
 from tsm_core.backbones import run as run_network
-from tsm_core.errors import TSMError
 from tsm_core.model import TSM, build
 from tsm_core.preprocess import normalise
+from tsm_core.recipes import Recipe, Training
 from tsm_core.shift import ClipPass, Start, shift_clip
 
-T = TypeVar("T")
-
-MOST_LOADERS = 8
 VIEWS = {"cuda": 32, "cpu": 4}  # at a time
-
-
-@dataclass
-class Team:
-    """One process among those that train together.
-
-    say: a line for people. report: figures of an epoch. stopping: whether somebody wants it to end. agreed: whether the
-    error that was raised is known to all.
-    """
-
-    rank: int = 0
-    workers: int = 1
-    device: str = "cpu"
-    say: Callable[[str], None] = print
-    report: Callable[[dict[str, float]], None] = lambda _: None
-    stopping: Callable[[], bool] = lambda: False
-    agreed: bool = False
-
-    def together(self, action: Callable[[], T]) -> T:
-        """`action()` in every process; if one of them fails, all raise its error rather than wait for it."""
-        result, error = None, None
-        try:
-            result = action()
-        except TSMError as raised:
-            error = raised
-        errors = self.gather(error)
-        first = next((each for each in errors if each is not None), None)
-        if first is not None:
-            self.agreed = True
-            raise first
-        return result  # type: ignore[return-value]
-
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes."""
-        if self.workers == 1:
-            return [value]
-        values: list[Any] = [None] * self.workers
-        distributed.all_gather_object(values, value)
-        return values
-
-    def total(self, values: Tensor) -> list[float]:
-        """Sums over all processes."""
-        if self.workers > 1:
-            distributed.all_reduce(values)
-        found: list[float] = values.tolist()
-        return found
 
 
 # --- the network while it learns
@@ -133,87 +82,65 @@ class Learner(nn.Module):
         return logits.view(*clip.shape[:2], -1), how.next_held
 
 
-class StepFacts(NamedTuple):
-    """One step, summed over all workers: loss x clips, clips that were right, clips, replaced videos.
+class Learning(Study):
+    """A recogniser's training."""
 
-    bad: it was left out. overflow: only because fp16 ends so early.
-    """
+    columns = ("train_top1", "val_loss", "top1", "top5", "mean_class")
+    judged = ("val_loss", "top1", "top5", "mean_class")
+    goal = "top1"
 
-    loss: float
-    right: float
-    clips: float
-    replaced: float
-    stopping: bool
-    bad: bool
-    overflow: bool
-
-
-class Learning:
-    """One process's part of one training."""
+    model: TSM
+    recipe: Recipe
+    training: Training
 
     def __init__(self, job: Job, team: Team) -> None:
-        self.job, self.team, self.options = job, team, job.options
-        self.recipe, self.training = job.recipe, job.training
-        self.device = torch.device(team.device)
-        self.validate = self.training.validate_epochs if job.options.validate is None else job.options.validate
-        self.data = team.together(self._open_data)
-        self.order = Order(len(self.data.train), job.batch, team.workers, self.options.accumulate, self.options.seed)
-        self.lr = self.options.lr or scaled_lr(self.training, self.order.total_batch)
-        torch.manual_seed(self.options.seed)
-        self.model = build(self.recipe)
+        self.recipe = job.recipe
+        super().__init__(job, team)
         self.blend = Blend(self.training.blend, len(self.recipe.labels))
 
     def _open_data(self) -> TrainingData:
         return open_training_data(self.recipe, self.job.data, self.options.clips, validate=self.validate > 0)
 
+    def _build(self) -> TSM:
+        return build(self.recipe)
+
+    @property
+    def network(self) -> nn.Module:
+        """See Study."""
+        return self.model.net
+
     @property
     def facts(self) -> dict[str, Any]:
-        """What makes this training another than others."""
-        told: dict[str, Any] = json.loads(self.recipe.to_json())
-        for name in ("published", "checkpoint"):
-            told.pop(name)
+        """See Study."""
         options = self.options
-        return {
-            "recipe": told,
-            "data": {
-                "train": self.data.train.identity,
-                **({"val": self.data.val.identity} if self.data.val is not None else {}),
-            },
-            "batch": self.order.batch,
-            "total_batch": self.order.total_batch,
-            "lr": self.lr,
-            "amp": options.amp,
-            "seed": options.seed,
-            "clips": asdict(options.clips),
-            "carry_state": options.carry_state,
-            "per_frame_loss": options.per_frame_loss,
-            "init": options.init_from or options.init,
-        }
+        return {**super().facts, "carry_state": options.carry_state, "per_frame_loss": options.per_frame_loss}
 
-    def prepare(self) -> None:
-        """Bring the network to the device, with its optimiser."""
-        net = self.model.net
-        net.train()
+    def begin(self) -> str:
+        """See Study."""
+        options = self.options
+        return init_model(
+            self.model,
+            init=options.init,
+            file=options.init_from,
+            models_dir=options.models_dir,
+            new_head=options.new_head,
+        )
+
+    def _to_training(self) -> None:
+        self.model.net.train()
         if self.training.partial_bn:
-            freeze_norms(net)
-        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimiser = sgd(net, self.training)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.amp == "fp16")
-        self.parameters = [each for each in net.parameters() if each.requires_grad]
-        self.buffers = list(net.buffers())
-        self._kept = [buffer.clone() for buffer in self.buffers]
-        learner = Learner(self.model, self.options.carry_state)
-        self.learner: nn.Module = learner
-        if self.team.workers > 1:
-            on = [self.device] if self.device.type == "cuda" else None
-            self.learner = DistributedDataParallel(
-                learner, device_ids=on, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            freeze_norms(self.model.net)
+
+    def _optimiser(self) -> torch.optim.Optimizer:
+        return sgd(self.model.net, self.training)
+
+    def _learner(self) -> nn.Module:
+        return Learner(self.model, self.options.carry_state)
 
     # --- one step
 
     def batches(self, first: tuple[int, int] = (0, 0)) -> Iterator[Batch]:
-        """The worker's micro-batches from step `first` to the end."""
+        """See Study."""
         spec, seed = self.recipe.preprocess, self.options.seed
 
         def new_augment(number: int) -> ClipAugment:
@@ -223,49 +150,12 @@ class Learning:
         places = self.order.micro_batches(self.training.epochs, self.team.rank, first=first)
         return load_batches(clips, places, self.loaders, pin=self.device.type == "cuda")
 
-    @property
-    def loaders(self) -> int:
-        """Processes that read ahead."""
-        if self.options.loaders is not None:
-            return self.options.loaders
-        cpus = os.cpu_count() or 1
-        if self.device.type == "cpu":
-            return 0 if self.team.workers > 1 else min(1, cpus - 1)  # the network needs the others
-        return max(1, min(MOST_LOADERS, cpus // self.team.workers - 1))
-
-    def step(self, batches: Sequence[Batch], epoch: int, number: int, lr: float) -> StepFacts:
-        """Learn from the micro-batches of one step, or leave it out where its loss or gradient is no number."""
-        for batch in batches:
-            if batch.error is not None:
-                raise batch.error
-        torch._foreach_copy_(self._kept, self.buffers)
-        set_rate(self.optimiser, lr)
-        clips = sum(len(batch.labels) for batch in batches)
-        sums = torch.zeros(2, device=self.device)
-        for place, batch in enumerate(batches):
-            last = place == len(batches) - 1
-            sums += self._learn(batch, (epoch, number, place * self.team.workers + self.team.rank), clips, last)
-        self.scaler.unscale_(self.optimiser)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.training.clip_norm)
-        replaced = sum(len(batch.replaced) for batch in batches)
-        others = [clips, replaced, float(self.team.stopping())]
-        loss, right, clips_of_all, replaced_of_all, stopping = self.team.total(
-            torch.cat([sums.double(), torch.tensor(others, dtype=torch.float64, device=self.device)])
-        )
-        bad = not math.isfinite(norm.item())  # the same in all workers, as their gradients are
-        if bad:
-            torch._foreach_copy_(self.buffers, self._kept)
-        else:
-            self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
-        overflow = bad and math.isfinite(loss) and self.options.amp == "fp16"
-        return StepFacts(loss, right, clips_of_all, replaced_of_all, stopping > 0, bad, overflow)
+    def rate(self, epoch: int, step: int) -> float:
+        """See Study."""
+        return self.lr * lr_share(self.training, epoch, step, self.order.steps)
 
     def _learn(self, batch: Batch, draw: tuple[int, int, int], clips: int, last: bool) -> Tensor:
-        """Add the gradients of one micro-batch; its (loss x clips, clips that were right)."""
-        seed = int(np.random.SeedSequence((self.options.seed, *draw)).generate_state(1, np.uint64)[0] >> 1)
-        torch.manual_seed(seed)
+        seed = self._seed(draw)
         pixels = batch.pixels.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         clip = normalise(pixels, self.recipe.preprocess)
@@ -298,27 +188,14 @@ class Learning:
             functional.cross_entropy(flat, labels) if self.training.blend == "none" else soft_cross_entropy(flat, soft)
         )
 
-    def _sync(self, now: bool) -> AbstractContextManager[None]:
-        if now or not isinstance(self.learner, DistributedDataParallel):
-            return nullcontext()
-        waiting: AbstractContextManager[None] = self.learner.no_sync()
-        return waiting
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision, where it is asked for."""
-        dtype = AMP[self.options.amp]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
     # --- validation
 
     def judge(self) -> dict[str, float]:
-        """Figures of the validation videos, by the recipe's efficient views; the same in all workers."""
+        """By the recipe's efficient views. See Study."""
         source = self.data.val
         assert source is not None
         recipe, rank, workers = self.recipe, self.team.rank, self.team.workers
-        if workers > 1:
-            for buffer in self.buffers:
-                distributed.broadcast(buffer, 0)
+        self._share_buffers()
         videos = ValidationViews(source, recipe.efficient, recipe.preprocess)
         mine = range(rank, len(source), workers)
         rows: list[tuple[int, int, float, list[int]]] = []  # video, label, loss, first classes
@@ -329,9 +206,7 @@ class Learning:
             there = [each for each in group if each.views is not None]
             if there:
                 rows += self._judged(there)
-        self.model.net.train()
-        if self.training.partial_bn:
-            freeze_norms(self.model.net)
+        self._to_training()
         found = sorted(row for rows in self.team.gather(rows) for row in rows)
         lost = [error for errors in self.team.gather(unreadable) for error in errors]
         if len(lost) > self.options.max_skipped * len(source):
@@ -371,3 +246,23 @@ class Learning:
             loss = -float(shares[each.label].clamp(min=1e-12).log())
             rows.append((each.video, each.label, loss, ranking(shares[None].numpy())[0].tolist()))
         return rows
+
+    # --- for people
+
+    def figures(self, right: float, clips: float) -> dict[str, float]:
+        """See Study."""
+        return {"train_top1": right / clips if clips else math.nan}
+
+    def words(self, row: Mapping[str, float]) -> str:
+        """See Study."""
+        judged = (
+            f"  top1 {row['top1']:.2%}  top5 {row['top5']:.2%}  mean class {row['mean_class']:.2%}"
+            if "top1" in row
+            else ""
+        )
+        return f"train top1 {row['train_top1']:.2%}{judged}"
+
+    def picture(self, batch: Batch) -> tuple[Image.Image, list[str]]:
+        """See Study."""
+        captions = [f"{label} {self.recipe.labels[label]}" for label in batch.labels.tolist()]
+        return contact_sheet(batch.pixels, captions), captions

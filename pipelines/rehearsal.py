@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.curves import contact_sheet
-from pipelines.init_weights import NoInitialWeights, init_model
-from pipelines.learner import Learning, Team
-from pipelines.training_data import Batch, Order
+from pipelines.init_weights import NoInitialWeights
+from pipelines.learners import new_study
+from pipelines.study import Seen, Study, Team
+from pipelines.training_data import Order
 from pipelines.training_job import Job
 from pipelines.work_dir import WorkDir
 
@@ -77,9 +77,8 @@ def dry_run(job: Job, *, workers: int = 1, device: str = "cpu", say: Say = print
     first = steps[0][0]
     if first.error is not None:
         raise first.error
-    captions = [f"{label} {job.recipe.labels[label]}" for label in first.labels.tolist()]
+    sheet, captions = learning.picture(first)
     with WorkDir(job.work_dir) as folder:
-        sheet = contact_sheet(first.pixels, captions)
         folder.write(PICTURE, lambda path: sheet.save(path, "PNG"))
         picture = f"{folder.place.rstrip('/')}/{PICTURE}"
     say(f"first batch: {picture} ({len(captions)} clips: {', '.join(captions[:4])}{', ...' * (len(captions) > 4)})")
@@ -92,6 +91,12 @@ def dry_run(job: Job, *, workers: int = 1, device: str = "cpu", say: Say = print
     step_s = (time.monotonic() - began_s) / MEASURED
     parameters = sum(each.numel() * each.element_size() for each in learning.model.parameters())
     trained = sum(each.numel() * each.element_size() for each in learning.parameters)
+    momentum = sum(
+        each.numel() * each.element_size()
+        for state in learning.optimiser.state.values()
+        for each in state.values()
+        if isinstance(each, Tensor)
+    )
     peak = torch.cuda.max_memory_allocated() if learning.device.type == "cuda" else None
     epoch_s = planned.steps * step_s
     found = DryRun(
@@ -103,7 +108,7 @@ def dry_run(job: Job, *, workers: int = 1, device: str = "cpu", say: Say = print
         labels=captions,
         parameters_bytes=parameters,
         gradients_bytes=trained,
-        momentum_bytes=trained,
+        momentum_bytes=momentum,
         activations_bytes=kept.total,
         peak_bytes=peak,
         step_s=step_s,
@@ -112,7 +117,7 @@ def dry_run(job: Job, *, workers: int = 1, device: str = "cpu", say: Say = print
         total_s=epoch_s * job.training.epochs,
     )
     say(
-        f"memory of a worker: parameters {_mib(parameters)}, gradients {_mib(trained)}, momentum {_mib(trained)}, "
+        f"memory of a worker: parameters {_mib(parameters)}, gradients {_mib(trained)}, momentum {_mib(momentum)}, "
         f"activations {_mib(kept.total)}" + ("" if peak is None else f"; peak on the GPU {_mib(peak)}")
     )
     say(
@@ -123,7 +128,7 @@ def dry_run(job: Job, *, workers: int = 1, device: str = "cpu", say: Say = print
     return found
 
 
-def _planned_rate(learning: Learning, planned: Order) -> float:
+def _planned_rate(learning: Study, planned: Order) -> float:
     """The learning rate with the planned number of workers."""
     return learning.lr if learning.options.lr else learning.lr * planned.total_batch / learning.order.total_batch
 
@@ -133,7 +138,7 @@ def profile(job: Job, *, device: str = "cpu", steps: int = 10, say: Say = print)
     learning = _prepared(job, device, say)
     order = learning.order
 
-    def read() -> Iterator[list[Batch]]:
+    def read() -> Iterator[list[Seen]]:
         endless = replace(job.training, epochs=10**6)
         learning.training = endless
         batches = learning.batches()
@@ -177,18 +182,10 @@ def profile(job: Job, *, device: str = "cpu", steps: int = 10, say: Say = print)
     return Profile(data, network, together, bottleneck, advice)
 
 
-def _prepared(job: Job, device: str, say: Say) -> Learning:
-    options = job.options
-    learning = Learning(job, Team(device=device, say=say))
+def _prepared(job: Job, device: str, say: Say) -> Study:
+    learning = new_study(job, Team(device=device, say=say))
     try:
-        began = init_model(
-            learning.model,
-            init=options.init,
-            file=options.init_from,
-            models_dir=options.models_dir,
-            new_head=options.new_head,
-        )
-        say(f"{job.recipe.name} {began}")
+        say(f"{job.recipe.name} {learning.begin()}")
     except NoInitialWeights as error:  # the rest is worth knowing all the same
         say(f"the training would not begin: {error}")
     learning.prepare()
@@ -198,20 +195,20 @@ def _prepared(job: Job, device: str, say: Say) -> Learning:
 def _shown(job: Job) -> dict[str, Any]:
     recipe = asdict(job.recipe)
     training = recipe.pop("training")
-    training.pop("groups")
+    training.pop("groups", None)
     shown = {name: value for name, value in recipe.items() if name not in LEFT_OUT}
     return {**shown, "classes": len(job.recipe.labels), "training": training}
 
 
-def _step(learning: Learning, batches: Sequence[Batch], number: int) -> None:
+def _step(learning: Study, batches: Sequence[Seen], number: int) -> None:
     learning.step(batches, 0, number, 0.0)  # it waits for the device, and learns nothing
 
 
-def _clips(batches: Sequence[Batch]) -> int:
-    return sum(len(batch.labels) for batch in batches)
+def _clips(batches: Sequence[Seen]) -> int:
+    return sum(len(batch.pixels) for batch in batches)
 
 
-def _rate(steps: int, action: Callable[[int], int], learning: Learning) -> float:
+def _rate(steps: int, action: Callable[[int], int], learning: Study) -> float:
     began_s = time.monotonic()
     clips = sum(action(number) for number in range(steps))
     if learning.device.type == "cuda":
@@ -222,7 +219,7 @@ def _rate(steps: int, action: Callable[[int], int], learning: Learning) -> float
 class _Kept:
     """Bytes of what autograd keeps for the way back, without the parameters."""
 
-    def __init__(self, learning: Learning) -> None:
+    def __init__(self, learning: Study) -> None:
         self.total = 0
         self._seen = {each.untyped_storage().data_ptr() for each in learning.model.parameters()}
 

@@ -31,12 +31,11 @@ import torch
 import torchvision
 
 from pipelines.curves import save_curves
-from pipelines.init_weights import init_model
-from pipelines.learner import Learning, Team
-from pipelines.optim import lr_share
+from pipelines.learners import new_study
 from pipelines.ray_local import ray_session
 from pipelines.rehearsal import dry_run, profile
 from pipelines.scoring import DecoderDied, OutOfMemory
+from pipelines.study import Team
 from pipelines.training_data import ClipOptions, NothingReadable
 from pipelines.training_job import AMP, BadOptions, Job, Options, TrainResult, new_job
 from pipelines.work_dir import LAST, WorkDir, is_uri
@@ -52,10 +51,6 @@ ENDING_S = 30.0  # workers that died may take so long to be gone
 LOOK_S = 0.5  # between two looks of Ray Train at its workers; a report waits for the next one
 POINTS = 20  # of the loss curve in an epoch
 TOLD = 5  # unreadable videos that are named; the others are counted
-COLUMNS = (
-    *("epoch", "step", "lr", "loss", "epoch_loss", "train_top1", "val_loss", "top1", "top5", "mean_class"),
-    "clips_per_s",
-)
 METRICS, CURVES, EVENTS, BEST, MODEL = (
     "metrics.csv",
     "curves.png",
@@ -151,7 +146,7 @@ class _Run:
 
     def __init__(self, job: Job, team: Team, folder: WorkDir) -> None:
         self.job, self.team, self.folder, self.options = job, team, folder, job.options
-        self.learning = Learning(job, team)
+        self.learning = new_study(job, team)
         self.progress, self.began = Progress(), ""
         state = team.together(self._take_up)
         team.together(lambda: self._claim(anew=state is None))  # nobody reads any more
@@ -172,17 +167,10 @@ class _Run:
             self.folder.check_run(self.learning.facts)
             state = self.folder.load_checkpoint()
         if state is None:
-            options = self.options
-            self.began = init_model(
-                self.learning.model,
-                init=options.init,
-                file=options.init_from,
-                models_dir=options.models_dir,
-                new_head=options.new_head,
-            )
+            self.began = self.learning.begin()
         else:
             self.began = state["began"]
-            self.learning.model.net.load_state_dict(state["model"])
+            self.learning.network.load_state_dict(state["model"])
         return state
 
     def _claim(self, *, anew: bool) -> None:
@@ -208,7 +196,7 @@ class _Run:
             {
                 "format": FORMAT,
                 "began": self.began,
-                "model": learning.model.net.state_dict(),
+                "model": learning.network.state_dict(),
                 "optimiser": learning.optimiser.state_dict(),
                 "scaler": learning.scaler.state_dict(),
                 "progress": asdict(self.progress),
@@ -240,7 +228,7 @@ class _Run:
     def _step(self, batches: list[Any]) -> None:
         began_s = time.monotonic()
         progress, learning, steps = self.progress, self.learning, self.learning.order.steps
-        lr = learning.lr * lr_share(self.job.training, progress.epoch, progress.step, steps)
+        lr = learning.rate(progress.epoch, progress.step)
         facts = learning.step(batches, progress.epoch, progress.step, lr)
         for why in (each for batch in batches for each in batch.replaced):
             self._told.replaced(why)
@@ -315,23 +303,22 @@ class _Run:
     def _end_epoch(self) -> None:
         progress, learning = self.progress, self.learning
         loss, right, clips = progress.sums
-        lr = learning.lr * lr_share(self.job.training, progress.epoch, learning.order.steps - 1, learning.order.steps)
         row = {
             "epoch": float(progress.epoch + 1),
             "step": float(self.steps_done),
-            "lr": lr,
+            "lr": learning.rate(progress.epoch, learning.order.steps - 1),
             "loss": loss / clips if clips else math.nan,
-            "train_top1": right / clips if clips else math.nan,
+            **learning.figures(right, clips),
             "clips_per_s": self._told.pace,
         }
         last = progress.epoch + 1 == self.job.training.epochs
         if learning.validate and ((progress.epoch + 1) % learning.validate == 0 or last):
             row |= learning.judge()
-            self._event({f"val/{name}": row[name] for name in ("val_loss", "top1", "top5", "mean_class")})
+            self._event({f"val/{name}": row[name] for name in learning.judged if name in row})
         progress.history.append(row)
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, [0.0] * 3
         progress.replaced_before, progress.replaced = progress.replaced_before + progress.replaced, 0
-        if "top1" in row and row["top1"] > progress.best.get("top1", -1.0):
+        if row.get(learning.goal, -1.0) > progress.best.get(learning.goal, -1.0):
             progress.best = dict(row)
             self._save_model(BEST)
         self._write_metrics()
@@ -343,7 +330,7 @@ class _Run:
         progress = self.progress
         self._save_model(MODEL)
         self._write_metrics()
-        validated = [row for row in progress.history if "top1" in row]
+        validated = [row for row in progress.history if self.learning.goal in row]
         losses = [row["loss"] for row in progress.history] or [progress.sums[0] / max(1.0, progress.sums[2])]
         return TrainResult(
             self.job.recipe.name,
@@ -408,9 +395,11 @@ class _Run:
         for row in progress.history:
             rows[row["step"]] = {**row, "epoch_loss": row["loss"], **rows.get(row["step"], {})}
 
+        columns = ("epoch", "step", "lr", "loss", "epoch_loss", *self.learning.columns, "clips_per_s")
+
         def write(path: Path) -> None:
             with path.open("w", newline="", encoding="utf-8") as file:
-                table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+                table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
                 table.writeheader()
                 table.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows.values())
 
@@ -509,13 +498,10 @@ class _Voice:
 
     def epoch(self, run: _Run, row: dict[str, float]) -> None:
         """After each epoch."""
-        judged = ""
-        if "top1" in row:
-            judged = f"  top1 {row['top1']:.2%}  top5 {row['top5']:.2%}  mean class {row['mean_class']:.2%}"
-            judged += "  (best so far)" if run.progress.best.get("epoch") == row["epoch"] else ""
+        best = "  (best so far)" if run.progress.best.get("epoch") == row["epoch"] else ""
         self.line(
             f"epoch {row['epoch']:.0f}/{run.job.training.epochs} done: loss {row['loss']:.4f}  "
-            f"train top1 {row['train_top1']:.2%}{judged}"
+            f"{run.learning.words(row)}{best}"
         )
         self._from_s, self._clips, self._told_s = time.monotonic(), 0.0, time.monotonic()
 

@@ -13,9 +13,10 @@ import torchvision
 
 from pipelines.augment import ClipAugment
 from pipelines.init_weights import imagenet_url, init_model
-from pipelines.learner import Learning, Team
+from pipelines.learner import Learning
 from pipelines.optim import lr_share
 from pipelines.prepare import prepare
+from pipelines.study import Team
 from pipelines.training_job import Options, new_job
 from tests.assets.make import make_miniature
 from tsm_core.checkpoints import save_model

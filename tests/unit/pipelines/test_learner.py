@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import learner
-from pipelines.learner import CarriedPass, Learner, Learning, Team
+from pipelines.learner import CarriedPass, Learner, Learning
 from pipelines.scoring import NotFinite
+from pipelines.study import Team
 from pipelines.training_data import ClipOptions, NothingReadable, TrainingData
 from tests.unit.pipelines.training_kit import RECIPE, Moving, moving_job, with_training
 from tsm_core.backbones import run

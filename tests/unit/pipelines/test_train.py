@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from pipelines import learner
-from pipelines.learner import Team
 from pipelines.scoring import DecoderDied, OutOfMemory
+from pipelines.study import Team
 from pipelines.train import Diverged, Interrupted, fit, main, run_training
 from pipelines.training_data import OPENERS, NothingReadable, TrainingData
 from pipelines.training_job import BadOptions, TrainResult, at_size, new_job
