@@ -192,7 +192,7 @@ class Look:
         outline_angles = np.linspace(0, 2 * np.pi, 180, endpoint=False, dtype=np.float32)
         style = _outline_style(random)
         radii = _outline(style, outline_angles)
-        self._outline_x, self._outline_y = radii * np.cos(outline_angles), radii * np.sin(outline_angles)
+        self._outline = np.stack([radii * np.cos(outline_angles), radii * np.sin(outline_angles)])  # of radius 1
         half_px = 2 * math.ceil(_MARGIN * RADIUS_PX[1] / _SIDE_PX * size_px)
         self.kind, pixels = _draw_object(random, hue, style, half_px)
         sprite = Image.fromarray(pixels, "RGBA")
@@ -253,12 +253,10 @@ class Look:
         """
         turn, side = 2 * math.pi * pose.angle, float(self.size_px)
         cos, sin = math.cos(turn), math.sin(turn)
-        turned = np.stack(
-            [cos * self._outline_x - sin * self._outline_y, sin * self._outline_x + cos * self._outline_y]
-        )
+        outline = np.array([[cos, -sin], [sin, cos]]) @ self._outline
         pieces: list[Piece] = []
         for size, opacity, level in _copies(pose.size):
-            corners = self.radius_px(size) * turned + [[pose.x * side], [pose.y * side]]
+            corners = self.radius_px(size) * outline + [[pose.x * side], [pose.y * side]]
             whole = _area(corners)
             for shift in self._visible(*corners.min(axis=1), *corners.max(axis=1)):
                 inside = _within(corners + np.reshape(shift, (2, 1)), side)
@@ -388,7 +386,8 @@ def _ease(part: float) -> float:
 def _area(corners: Corners) -> float:
     """Of a polygon, by its corners (2, N)."""
     xs, ys = corners
-    return abs(float(np.sum(xs * np.roll(ys, -1) - np.roll(xs, -1) * ys))) / 2
+    twice = xs[:-1] @ ys[1:] - xs[1:] @ ys[:-1] + xs[-1] * ys[0] - xs[0] * ys[-1]
+    return abs(float(twice)) / 2
 
 
 def _within(corners: Corners, side: float) -> Corners:
@@ -397,7 +396,8 @@ def _within(corners: Corners, side: float) -> Corners:
         depth = sign * (corners[axis] - limit)
         if depth.min() >= 0:
             continue
-        after, next_depth = np.roll(corners, -1, axis=1), np.roll(depth, -1)
+        after = np.concatenate([corners[:, 1:], corners[:, :1]], axis=1)
+        next_depth = np.append(depth[1:], depth[0])
         crosses = (depth > 0) != (next_depth > 0)
         part = depth / np.where(crosses, depth - next_depth, 1)
         met = corners + part * (after - corners)
