@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pipelines.datasets import DATASETS, BadList, Kind, NoList, Part, VideoRecord, find_dataset, in_order, read_list
 from pipelines.decoding import TEMPLATE
 from pipelines.scoring import Videos
-from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_model, read_card
+from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_recogniser, read_card
 from tsm_core.errors import CallerError
 from tsm_core.labels import Convention, labels_of
 from tsm_core.model import TSM, WindowTSM
@@ -48,7 +48,7 @@ def open_model(file: Path, recipe: Recipe, device: str = "cpu") -> TSM:
     except ModelFileError as error:
         if error.reason != "already_imported":
             raise
-        own = load_model(file)
+        own = load_recogniser(file)
         model = own.model if isinstance(own, WindowTSM) else own
         _check_same(file, model.recipe, recipe)
     return model.to(device)
@@ -86,7 +86,7 @@ def find_row(recipe: Recipe | str, file: Path) -> Recipe:
     if recipe not in RECIPES and file.suffix == ".safetensors":
         with contextlib.suppress(ModelFileError):
             inside, _ = read_card(file)
-            if inside.name == recipe:
+            if isinstance(inside, Recipe) and inside.name == recipe:
                 return inside
     return find_recipe(recipe)
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.sources import CLOCK_HZ, FILE_FORMATS, iter_file
-from tsm_core.checkpoints import load_model
+from tsm_core.checkpoints import load_recogniser
 from tsm_core.errors import CallerError
 from tsm_core.events import ActionDetector
 from tsm_core.model import TSM, WindowTSM
@@ -64,7 +64,7 @@ def infer_file(
     """
     if isinstance(model, str):
         name = name or model
-        model = load_model(find_model(model)).for_inference()
+        model = load_recogniser(find_model(model)).for_inference()
     recipe, spec = model.recipe, model.recipe.preprocess
     needed_px = spec.resize_px if spec.resize == "short" else spec.input_px
     smoother = Smoother(recipe.labels, recipe.smoothing_s)

@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from tsm_core.backbones import BACKBONES
-from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_backbone, load_model, read_card
+from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_backbone, load_recogniser, read_card
 from tsm_core.errors import CallerError
 from tsm_core.model import TSM, WindowTSM
 from tsm_core.recipes import RECIPES, Recipe
@@ -108,16 +108,17 @@ def _from_file(model: TSM, file: Path, new_head: bool) -> str:
         load_backbone(model, file)
         why = "" if same else f": {len(own.labels)} classes there, {len(recipe.labels)} here, of other names"
         return f"begins with {file.name} ({own.name}), its classifier replaced by a new one{why}"
-    trained = load_model(file)
+    trained = load_recogniser(file)
     model.net.load_state_dict((trained.model if isinstance(trained, WindowTSM) else trained).net.state_dict())
     return f"begins with {file.name} ({own.name}), classifier and all{_turned(own.shift, recipe)}"
 
 
 def _own_recipe(file: Path) -> Recipe | None:
     try:
-        return read_card(file)[0]
+        recipe = read_card(file)[0]
     except ModelFileError:
         return None
+    return recipe if isinstance(recipe, Recipe) else None
 
 
 def _from_foreign(model: TSM, file: Path, new_head: bool) -> str:

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from services.cli_zoo import PASSED_ON, data_app, evaluate, model_folders, models_app, recipes_app, train
 from services.settings import load_settings
 from services.tables import print_table
-from tsm_core.checkpoints import load_model
+from tsm_core.checkpoints import load_recogniser
 from tsm_core.errors import CallerError, TSMError, WorldError
 from tsm_core.zoo import find_model
 
@@ -160,7 +160,7 @@ def infer(
     # threads that wait for one another cost minutes on a busy machine
     settings = load_settings()
     torch.set_num_threads(settings.engine.threads)
-    network = load_model(find_model(model, None, model_folders(settings))).for_inference()
+    network = load_recogniser(find_model(model, None, model_folders(settings))).for_inference()
     frames = actions = 0
     for result in infer_file(file, network, name=model, annotate=annotate):
         frames += 1

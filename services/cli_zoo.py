@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipelines.datasets import DATASETS, Kind, Part
 from services.settings import Settings, load_settings
 from services.tables import print_table
-from tsm_core.checkpoints import import_checkpoint, load_backbone, load_model, read_card, save_model
+from tsm_core.checkpoints import import_checkpoint, load_backbone, load_recogniser, read_card, save_model
 from tsm_core.cost import multiply_adds, parameters
 from tsm_core.labels import Convention
 from tsm_core.model import build
@@ -268,7 +268,7 @@ def export_model(
     formats: dict[str, Literal["onnx", "torch"]] = {".onnx": "onnx", ".pt2": "torch"}
     if out.suffix not in formats:
         raise ExportError(f"{out} must end in .onnx or .pt2: it says which format to write")
-    model = load_model(find_model(name, None, model_folders(load_settings())))
+    model = load_recogniser(find_model(name, None, model_folders(load_settings())))
     what: Literal["step", "clip"] = "step" if step else "clip"
     write(model, out, formats[out.suffix], what)
     _tell(as_json, {"name": name, "what": what, "file": str(out)}, f"{name} ({what}): {out}")

@@ -5,7 +5,8 @@ A ResNet-50 may have non-local blocks (`layer2.0.nl.*` and so on), a ResNet a te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -15,12 +16,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import MobileNetV2, ResNet, mobilenet_v2, resnet50, resnet101
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
 from tsm_core.errors import CallerError, ShapeError
 from tsm_core.non_local import NonLocalBlock, NonLocalMode
 from tsm_core.shift import MeasurePass, Pass, running
 
+Place = tuple[nn.Module, str]  # a convolution: the module that holds it, and its name there
+
 FC_STD = 0.001
+DEEP = 23  # blocks of a stage, as ResNet-101 has them
 NON_LOCAL_PLACES = ("layer2.0", "layer2.2", "layer3.0", "layer3.2", "layer3.4")  # in a ResNet-50; none elsewhere
 
 
@@ -130,24 +135,28 @@ class SmallResNet(ResNet):  # type: ignore[misc]
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _resnet_slots(net: ResNet) -> Iterator[tuple[nn.Module, str]]:
-    # inside the residual branch, at the first convolution; every second block where layer3 is deep (ResNet-101)
-    every = 2 if len(net.layer3) >= 23 else 1
-    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+def residual_places(stages: Sequence[nn.Sequential]) -> Iterator[Place]:
+    """Of ResNet stages: the first convolution of a residual branch, of every second block where one stage is deep."""
+    every = 2 if max(len(stage) for stage in stages) >= DEEP else 1
+    for stage in stages:
         for index, block in enumerate(stage):
             if index % every == 0:
                 yield block, "conv1"
 
 
-def _mobilenet_slots(net: MobileNetV2) -> Iterator[tuple[nn.Module, str]]:
+def _resnet_slots(net: ResNet) -> Iterator[Place]:
+    return residual_places((net.layer1, net.layer2, net.layer3, net.layer4))
+
+
+def _mobilenet_slots(net: MobileNetV2) -> Iterator[Place]:
     # the expanding 1x1 convolution of every block that has one and keeps its identity path
     for block in net.features:
         if isinstance(block, InvertedResidual) and block.use_res_connect and len(block.conv) == 4:
             yield block.conv[0], "0"
 
 
-def _shift_layers(net: nn.Module, fold_div: int) -> None:
-    places = _resnet_slots(net) if isinstance(net, ResNet) else _mobilenet_slots(net)
+def shift_at(places: Iterable[Place], fold_div: int) -> None:
+    """Put a shift before each of these convolutions, in that order."""
     for layer, (parent, name) in enumerate(list(places)):
         setattr(parent, name, ShiftedConv2d.around(getattr(parent, name), layer, fold_div))
 
@@ -203,7 +212,7 @@ def build_backbone(
     if temporal_pool and not isinstance(net, ResNet):
         raise UnknownBackbone(f"a temporal pool has its place behind layer1 of a ResNet, not in {name}; leave it out")
     if shifted:
-        _shift_layers(net, fold_div)
+        shift_at(_resnet_slots(net) if isinstance(net, ResNet) else _mobilenet_slots(net), fold_div)
     if non_local:
         _non_local_blocks(net, non_local)
     if temporal_pool:
@@ -220,7 +229,7 @@ def fold_batch_norm(net: nn.Module) -> None:
     for parent in list(net.modules()):
         children = list(parent.named_children())
         for (_, conv), (name, norm) in pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
                 assert norm.running_mean is not None
                 assert norm.running_var is not None
                 conv.weight, conv.bias = fuse_conv_bn_weights(
@@ -234,14 +243,21 @@ def shifted_layers(net: nn.Module) -> int:
     return sum(isinstance(module, ShiftedConv2d) for module in net.modules())
 
 
-def run(net: nn.Module, frames: Tensor, how: Pass) -> Tensor:
-    """`net(frames)`, with `how` at the layers that look at other frames. Calls in other threads do not see it."""
+@contextmanager
+def passing(how: Pass) -> Iterator[None]:
+    """Within it, layers that look at other frames do as `how` says. Other threads do not see it."""
     token = running.set(how)
     try:
-        out: Tensor = net(frames)
-        return out
+        yield
     finally:
         running.reset(token)
+
+
+def run(net: nn.Module, frames: Tensor, how: Pass) -> Tensor:
+    """`net(frames)`, with `how` at the layers that look at other frames."""
+    with passing(how):
+        out: Tensor = net(frames)
+        return out
 
 
 def state_spec(net: nn.Module, input_px: int) -> list[tuple[int, int, int]]:

@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tsm_core.backbones import ShiftedConv2d
+from tsm_core.detector import TSMDetector, build_detector
+from tsm_core.detector_recipes import DetectorRecipe, recipe_from_json
 from tsm_core.errors import CallerError
 from tsm_core.key_maps import Translated, translate
 from tsm_core.model import TSM, WindowTSM, build
@@ -37,13 +39,16 @@ SNIFFED_BYTES = 1 << 16
 SORTED_BY_MIT = ("sthv1", "jester")  # data sets whose official order of classes mit-han-lab's models do not follow
 
 
+AnyModel = TSM | WindowTSM | TSMDetector
+
+
 class ModelFileError(CallerError):
     """A model file is missing, damaged, or does not fit its recipe."""
 
     reason = "bad_model_file"
 
 
-def save_model(path: Path | str, model: TSM | WindowTSM, card: dict[str, Any] | None = None) -> None:
+def save_model(path: Path | str, model: AnyModel, card: dict[str, Any] | None = None) -> None:
     """Write weights, recipe and card (any JSON object: how it was trained, how it scores) to `path`, all or nothing.
 
     Weights carry torchvision's parameter names. Where they came from stands in the card as `source`.
@@ -62,30 +67,54 @@ def save_model(path: Path | str, model: TSM | WindowTSM, card: dict[str, Any] | 
         part.unlink(missing_ok=True)
 
 
-def read_card(path: Path | str) -> tuple[Recipe, dict[str, Any]]:
+def read_card(path: Path | str) -> tuple[Recipe | DetectorRecipe, dict[str, Any]]:
     """Recipe and card of a model file, without its weights. Raises ModelFileError."""
     metadata, _ = _read_own(Path(path), weights=False)
     try:
-        return Recipe.from_json(metadata["recipe"]), json.loads(metadata.get("card", "{}"))
+        return recipe_from_json(metadata["recipe"]), json.loads(metadata.get("card", "{}"))
     except CallerError as error:
         raise ModelFileError(f"{path}: {error}") from None
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> TSM | WindowTSM:
-    """The model in a file, on `device`, in eval mode; in window mode when it cannot be stepped.
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> AnyModel:
+    """The recogniser or detector in a file, on `device`, in eval mode; in window mode when it cannot be stepped.
 
     Raises ModelFileError that lists keys which are missing, unknown or of another shape.
     """
     recipe, card = read_card(path)
     _, tensors = _read_own(Path(path), weights=True)
-    model = build(recipe)
+    model = build_detector(recipe) if isinstance(recipe, DetectorRecipe) else build(recipe)
     if wrong := _differences(model.net.state_dict(), tensors):
-        raise ModelFileError(f"{path} does not fit {recipe.name} ({recipe.backbone}): {wrong}")
+        raise ModelFileError(f"{path} does not fit {recipe.name} ({_network_of(recipe)}): {wrong}")
     model.net.load_state_dict(tensors)
     model.source = card.get("source") or {}
     # convolutions are quicker, on CPUs above all, when the channels of a pixel lie together
     model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return model if recipe.steppable else WindowTSM(model).eval()
+    return WindowTSM(model).eval() if isinstance(model, TSM) and model.mode == "window" else model
+
+
+def load_recogniser(path: Path | str, device: torch.device | str = "cpu") -> TSM | WindowTSM:
+    """`load_model`, for those who can use a recogniser alone. Raises ModelFileError."""
+    model = load_model(path, device)
+    if isinstance(model, TSMDetector):
+        raise ModelFileError(
+            f"{path} is a detector ({model.recipe.name}), and a recogniser is needed here", reason="other_task"
+        )
+    return model
+
+
+def load_detector(path: Path | str, device: torch.device | str = "cpu") -> TSMDetector:
+    """`load_model`, for those who can use a detector alone. Raises ModelFileError."""
+    model = load_model(path, device)
+    if not isinstance(model, TSMDetector):
+        raise ModelFileError(
+            f"{path} is a recogniser ({model.recipe.name}), and a detector is needed here", reason="other_task"
+        )
+    return model
+
+
+def _network_of(recipe: Recipe | DetectorRecipe) -> str:
+    return recipe.architecture if isinstance(recipe, DetectorRecipe) else recipe.backbone
 
 
 def import_checkpoint(path: Path | str, recipe: Recipe) -> TSM:

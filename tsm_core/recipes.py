@@ -12,7 +12,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tsm_core.errors import CallerError
 from tsm_core.labels import Convention, labels_of
@@ -31,6 +31,7 @@ class UnknownRecipe(CallerError):
     reason = "unknown_recipe"
 
 
+Kind = TypeVar("Kind")
 SmootherName = Literal["exponential", "gesture"]
 Clips = Literal["uniform", "twice", "dense"]
 CLIPS: dict[Clips, int] = {"uniform": 1, "twice": 2, "dense": 10}
@@ -275,15 +276,20 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """The recipe that `to_json` wrote. Raises RecipeError that names unknown, missing or wrong fields."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"recipe is not JSON: {error}") from None
-        try:
-            recipe: Recipe = _read(cls, data)
-            return recipe
-        except (TypeError, AttributeError, ValueError) as error:
-            raise RecipeError(f"recipe cannot be read: {error}") from None
+        return record_from_json(cls, text)
+
+
+def record_from_json(kind: type[Kind], text: str) -> Kind:
+    """The record of this kind that a JSON object holds. Raises RecipeError, as Recipe.from_json."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"recipe is not JSON: {error}") from None
+    try:
+        record: Kind = _read(kind, data)
+        return record
+    except (TypeError, AttributeError, ValueError) as error:
+        raise RecipeError(f"recipe cannot be read: {error}") from None
 
 
 def _read(kind: Any, data: Any) -> Any:
