@@ -44,11 +44,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 class BoxTraining:
     """How a detector's weights came about; the loss is that of all frames of a clip.
 
-    lr belongs to `batch` clips a step on all GPUs. schedule `steps`: lr falls to a tenth at the milestones (epochs);
-    `one_cycle`: rises and falls once. warmup_steps: linear, of `steps`. strides: the least and largest step, in frames,
-    between a clip's frames, drawn anew for each clip. stills: share of clips that are a still image, moved about.
-    frozen: parts of the network that do not learn; freeze_norm: nor do the statistics of its norms. init: weights to
-    begin with: a recipe's, a backbone's ImageNet weights, or `none`.
+    lr belongs to `batch` clips a step on all GPUs; backbone_lr is the backbone's share of it. schedule `steps`: lr
+    falls to a tenth at the milestones (epochs); `one_cycle`: rises and falls once. warmup_steps: linear, of `steps`.
+    strides: the least and largest step, in frames, between a clip's frames, drawn anew for each clip. flip, reverse:
+    half of the clips are mirrored, or run backwards. colour: largest change of brightness, contrast and saturation, as
+    shares. frozen: parts of the network that do not learn; freeze_norm: nor do the statistics of its norms. init:
+    weights to begin with: a recipe's, a backbone's ImageNet weights, or `none`.
     """
 
     optimiser: Literal["sgd", "adamw"] = "adamw"
@@ -56,6 +57,7 @@ class BoxTraining:
     schedule: Literal["steps", "one_cycle"] = "steps"
     milestones: tuple[float, ...] = (8, 11)
     lr: float = 1e-4
+    backbone_lr: float = 1.0
     batch: int = 4
     gpus: int = 1
     weight_decay: float = 1e-4
@@ -63,12 +65,18 @@ class BoxTraining:
     warmup_steps: int = 500
     clip_norm: float = 10.0
     strides: tuple[int, ...] = (1, 6)
-    stills: float = 0.0
     flip: bool = True
     reverse: bool = False
+    colour: float = 0.0
     frozen: tuple[str, ...] = ()
     freeze_norm: bool = True
     init: str = "none"
+    validate_epochs: int = 1
+
+    @property
+    def lr_batch(self) -> int:
+        """The total batch that lr belongs to."""
+        return self.batch
 
 
 @dataclass(frozen=True)
@@ -259,7 +267,7 @@ COCO_ROWS: tuple[DetectorRecipe, ...] = (
 
 def twin(recipe: DetectorRecipe) -> DetectorRecipe:
     """The detector with a sense of time that begins with a still-image one's weights, and must be trained."""
-    training = BoxTraining(init=recipe.name)
+    training = BoxTraining(init=recipe.name, backbone_lr=0.3, colour=0.2)
     changes: dict[str, Any] = {"shift": "uni", "training": training, "published": None, "checkpoint": None}
     return replace(recipe, name=f"{recipe.name}_uni", **changes)
 
@@ -285,7 +293,6 @@ RFCN_VID = DetectorRecipe(
         weight_decay=5e-4,
         warmup_steps=0,
         strides=(1, 1),
-        stills=0.48,  # DET_train_30classes beside VID_train_15frames: 53,638 of 111,472 pictures
         frozen=("backbone.conv1", "backbone.layer1"),
         init="resnet101",
     ),
