@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -313,13 +312,9 @@ def read_frames(
     with open_frames(path, template, start + record.offset) as reader:
         total = record.frames if record.frames is not None and path.is_dir() else len(reader)
         try:
-            images = reader.frames(choose(total))
+            return reader.frames(choose(total))
         except NothingToSample as error:
             raise UnreadableVideo(f"{path}: {error}") from None
-    sizes = {tuple(image.shape) for image in images}
-    if len(sizes) > 1:
-        raise UnreadableVideo(f"{path} changes its size: {', '.join(f'{w}x{h}' for _, h, w in sorted(sizes))}")
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)  # colours side by side
 
 
 class VideoDataset(Dataset[VideoSample]):

@@ -57,6 +57,19 @@ def test_values_are_normalised_as_the_formula_says(device):
     assert torch.allclose(got[0].cpu(), (image / 255 - mean) / std, atol=2e-6)
 
 
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+def test_values_do_not_depend_on_how_pixels_lie(device, channels):
+    spec = PreprocessSpec(channels=channels)
+    planes = torch.stack(pictures((30, 41), (30, 41), (30, 41))).to(device)
+    side_by_side = planes.contiguous(memory_format=torch.channels_last)
+    wanted = normalise(planes, spec)
+    assert torch.equal(normalise(side_by_side, spec), wanted)
+    assert normalise(side_by_side, spec).stride() == side_by_side.stride()
+    assert torch.equal(normalise(side_by_side[:, :, 3:20, 5:30], spec), wanted[:, :, 3:20, 5:30])
+    assert torch.equal(normalise(side_by_side.view(1, 3, 3, 30, 41), spec), wanted[None])
+    assert torch.equal(normalise(planes[0], spec), wanted[0])
+
+
 @pytest.mark.parametrize("spec", [SHORT, PreprocessSpec(64, "exact", antialias=True)])
 def test_sizes_may_be_mixed_and_rows_keep_their_order(spec, device):
     images = pictures((240, 320), (256, 256), (240, 320), (300, 200), (256, 256))
