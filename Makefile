@@ -47,6 +47,7 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/tables.py --check
+	$(BIN)/python helm/make_schema.py --check
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .
@@ -62,6 +63,7 @@ motion8: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(BIN)/python docs/tables.py
+	$(BIN)/python helm/make_schema.py
 
 clean:
 	rm -rf $(VENV) .tsm .pytest_cache .mypy_cache .ruff_cache build *.egg-info
