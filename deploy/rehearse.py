@@ -25,7 +25,9 @@ from string import Template
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 MOUNTS = ("proc", "sys", "dev", "dev/shm")
-PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "PIP_CERT", "PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT")
+PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT")
+CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"  # whom this machine trusts
+TRUSTED = "var/machine-certificates.crt"  # the same in the root, where no package overwrites it
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def copy(source: Path, target: Path, *, into: bool) -> None:
 def run(root: Path, image: Image, command: Sequence[str]) -> None:
     """One command in the root, with the image's environment and user. Raises CalledProcessError."""
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    if (root / TRUSTED).exists():
+        passed["PIP_CERT"] = f"/{TRUSTED}"
     home = {"HOME": "/root" if image.user.startswith("0") else "/home/tsm"}
     words = [f"{name}={value}" for name, value in (home | passed | image.environment).items()]
     there = f"cd {shlex.quote(image.folder)} && exec {shlex.join(command)}"
@@ -123,10 +127,9 @@ def run(root: Path, image: Image, command: Sequence[str]) -> None:
 @contextlib.contextmanager
 def mounted(root: Path) -> Iterator[None]:
     """The kernel's file systems inside the root, and the machine's name servers and certificates."""
-    for name in ("etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt"):
+    for name, there in (("etc/resolv.conf", "etc/resolv.conf"), (CERTIFICATES, TRUSTED)):
         if Path("/", name).exists():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path("/", name), root / name)
+            shutil.copy(Path("/", name), root / there)
     with contextlib.ExitStack() as stack:
         for name in MOUNTS:
             subprocess.run(["mount", "--bind", f"/{name}", str(root / name)], check=True)
