@@ -23,11 +23,11 @@ from pipelines.scenes import KINDS, Pose, Scene
 from tsm_core.types import Detection
 
 FRAMES = 48  # of a film: a little over three seconds, so that most show a change of motion
-FILMS: dict[Part, int] = {"train": 4000, "val": 48}
+FILMS: dict[Part, int] = {"train": 1200, "val": 24}
 FIRST_SEED: dict[Part, int] = {"train": 1 << 40, "val": 1 << 41}  # far from the seeds that people give to films
 LEAST_VISIBLE = 0.25  # less of an object need not be found
-DRAWN_PX = 160  # training films: larger than the detector's input, so that they are scaled as live ones are
-CAMERA_PX, SENT_PX = 320, 128  # others: what the demo's cameras show, and what the service's decoder makes of it
+DRAWN_PX = 128  # training films: larger than the detector's input, so that they are scaled as live ones are
+CAMERA_PX, SENT_PX = 320, 96  # others: what the demo's cameras show, and what the service's decoder makes of it
 
 
 class SceneBoxes:

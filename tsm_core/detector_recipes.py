@@ -293,7 +293,7 @@ RFCN_VID = DetectorRecipe(
         weight_decay=5e-4,
         warmup_steps=0,
         strides=(1, 1),
-        frozen=("backbone.conv1", "backbone.layer1"),
+        frozen=("backbone.body.conv1", "backbone.body.layer1"),
         init="resnet101",
     ),
 )
@@ -317,6 +317,29 @@ MOVING_SHAPES_TSM = DetectorRecipe(
     ),
 )
 
+# Finds what the demo's cameras show.
+SCENES_DETECTOR = DetectorRecipe(
+    "scenes_detector",
+    "fcos_small",
+    ("ball", "badge", "planet"),
+    (96, 96),
+    shift="uni",
+    nms_iou=0.6,
+    dataset="scenes",
+    training=BoxTraining(
+        epochs=3,  # 900 steps of 4 of 1,200 films
+        schedule="one_cycle",
+        lr=2e-3,
+        batch=4,
+        weight_decay=0.02,
+        clip_norm=5.0,
+        strides=(1, 3),
+        reverse=True,
+        colour=0.15,
+        freeze_norm=False,
+    ),
+)
+
 DETECTOR_RECIPES: dict[str, DetectorRecipe] = {
     row.name: row
     for row in (
@@ -326,6 +349,7 @@ DETECTOR_RECIPES: dict[str, DetectorRecipe] = {
         replace(RFCN_VID, name="rfcn_resnet101_vid_uni", shift="uni"),
         MOVING_SHAPES_TSM,
         replace(MOVING_SHAPES_TSM, name="moving_shapes_still", shift="none"),
+        SCENES_DETECTOR,
     )
 }
 

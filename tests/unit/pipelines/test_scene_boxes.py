@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
+from pipelines.box_sets import open_boxes
 from pipelines.datasets import Part
 from pipelines.scene_boxes import (
     DRAWN_PX,
@@ -23,6 +24,7 @@ from pipelines.scene_boxes import (
     objects_of,
 )
 from pipelines.scenes import KINDS, LABELS, Scene
+from tsm_core.detector_recipes import DETECTOR_RECIPES
 from tsm_core.types import Detection
 
 
@@ -141,3 +143,12 @@ def test_half_of_the_truth_scores_half_and_silence_nothing():
     assert detection_ap50([(scene, {n: [] for n in range(10)})]) == 0
     assert detection_ap50([(scene, {})]) is None
     assert detection_ap50([]) is None
+
+
+def test_the_demos_detector_is_of_this_data_set():
+    recipe = DETECTOR_RECIPES["scenes_detector"]
+    assert recipe.labels == KINDS
+    assert recipe.input_size == (SENT_PX, SENT_PX)
+    videos = open_boxes(recipe.dataset, recipe.labels, None, "val")
+    assert videos.identity == SceneBoxes("val").identity
+    assert videos.video(0).objects[0].labels.tolist() == SceneBoxes("val").video(0).objects[0].labels.tolist()
