@@ -22,7 +22,7 @@ from pipelines.datasets import Part
 from pipelines.scenes import KINDS, Pose, Scene
 from tsm_core.types import Detection
 
-FRAMES = 48  # of a film: a little over three seconds, so that most show a change of motion
+FRAMES = 32  # of a film: a little over two seconds
 FILMS: dict[Part, int] = {"train": 1200, "val": 24}
 FIRST_SEED: dict[Part, int] = {"train": 1 << 40, "val": 1 << 41}  # far from the seeds that people give to films
 LEAST_VISIBLE = 0.25  # less of an object need not be found
