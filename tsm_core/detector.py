@@ -6,58 +6,33 @@ them, frame by frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import batched_nms, box_iou
 
 from tsm_core.arena import Arena, Slot
 from tsm_core.backbones import fold_batch_norm, passing, shifted_layers
 from tsm_core.boxes import Boxes, cleaned, letterboxed
+from tsm_core.detector_heads import FAMILIES, Dense, Features, chosen
 from tsm_core.detector_nets import build_network
 from tsm_core.detector_recipes import ARCHITECTURES, DetectorRecipe
 from tsm_core.errors import ShapeError
 from tsm_core.preprocess import PreprocessSpec, by_size, normalise
 from tsm_core.shift import ClipPass, MeasurePass, StepPass
 
-CANDIDATES = 1000  # boxes of a frame that compete in its NMS: the best so many
 LEAST_TRUTH_PX = 1.0  # side of a box to be learnt, in pixels of the input
-
-
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """What the network says of frames before any box is chosen: row n of each tensor is frame n.
-
-    features: what the heads read, one (frames, C, h, w) per level. outputs: the heads' tensors by torchvision's names,
-    (frames, anchors, values); of two-stage detectors those of the first stage, of which `detect` makes proposals.
-    """
-
-    features: tuple[Tensor, ...]
-    outputs: Mapping[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.features[0])
-
-    def rows(self, index: Sequence[int]) -> Dense:
-        """The same of some frames, in that order."""
-        chosen = torch.tensor(index, dtype=torch.int64, device=self.features[0].device)
-        return Dense(
-            tuple(level.index_select(0, chosen) for level in self.features),
-            {name: tensor.index_select(0, chosen) for name, tensor in self.outputs.items()},
-        )
 
 
 class TSMDetector(nn.Module):
     """A detector: a torchvision network (`net`) whose backbone's shifted layers see the frame before."""
 
     mode: Literal["step"] = "step"
-    _ids: Tensor  # the output of each label
+    _output_of: Tensor  # (labels,)
+    _label_of: Tensor  # (outputs,), -1 for those of no label
 
     def __init__(self, recipe: DetectorRecipe) -> None:
         super().__init__()
@@ -65,8 +40,12 @@ class TSMDetector(nn.Module):
         self.source: dict[str, Any] = {}  # of imported weights: file, sha256, layout
         self.net: Any = build_network(recipe)
         self.memory_frames = shifted_layers(self.net)
-        self.register_buffer("_ids", torch.tensor(recipe.label_ids), persistent=False)
-        self._anchors: tuple[tuple[int, ...], torch.device, Tensor] | None = None
+        self._family = FAMILIES[ARCHITECTURES[recipe.architecture].family](recipe)
+        self._anchors: Tensor | None = None
+        label_of = torch.full((recipe.outputs,), -1)
+        label_of[list(recipe.label_ids)] = torch.arange(len(recipe.labels))
+        self.register_buffer("_output_of", torch.tensor(recipe.label_ids), persistent=False)
+        self.register_buffer("_label_of", label_of, persistent=False)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -141,22 +120,8 @@ class TSMDetector(nn.Module):
         score_thresh: the recipe's unless given. A box overlaps none of its label that is better by more than nms_iou.
         """
         thresh = self.recipe.score_thresh if score_thresh is None else score_thresh
-        family = ARCHITECTURES[self.recipe.architecture].family
-        outputs, anchors = dense.outputs, self._anchors_of(dense)
-        if family == "ssd":
-            scores = outputs["cls_logits"].float().softmax(dim=2)
-            decode = self.net.box_coder.decode_single
-        elif family == "retina":
-            scores = outputs["cls_logits"].float().sigmoid()
-            decode = self.net.box_coder.decode_single
-        else:
-            scores = (outputs["cls_logits"].float().sigmoid() * outputs["bbox_ctrness"].float().sigmoid()).sqrt()
-            decode = self.net.box_coder.decode
-        deltas = outputs["bbox_regression"].float()
-        return [
-            self._chosen(scores[row], lambda at, row=row: decode(deltas[row][at[0]], anchors[at[0]]), thresh)  # type: ignore[misc]
-            for row in range(len(dense))
-        ]
+        scored = self._family.scored(self.net, dense, self._anchors_of(dense.features))
+        return [chosen(scores, boxes_at, self._label_of, self.recipe, thresh) for scores, boxes_at in scored]
 
     def losses(self, clip: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The terms of the training loss, of all frames of clips (N, T, 3, h, w); their sum is what to minimise.
@@ -173,18 +138,8 @@ class TSMDetector(nn.Module):
             raise ShapeError(f"{len(targets)} targets do not fit {len(frames)} frames of clips {tuple(clip.shape)}")
         truth = [self._truth(target) for target in targets]
         with passing(ClipPass(clip.shape[1], "uni", self.recipe.start)):
-            dense = self._dense(frames)
-        outputs = {name: tensor.float() for name, tensor in dense.outputs.items()}
-        anchors = [self._anchors_of(dense)] * len(frames)
-        family = ARCHITECTURES[self.recipe.architecture].family
-        if family == "fcos":
-            levels = [level.shape[2] * level.shape[3] for level in dense.features]
-            terms: dict[str, Tensor] = self.net.compute_loss(truth, outputs, anchors, levels)
-        elif family == "retina":
-            terms = self.net.compute_loss(truth, outputs, anchors)
-        else:
-            terms = self.net.compute_loss(truth, outputs, anchors, [self._matched(anchors[0], each) for each in truth])
-        return terms
+            features = self._features(frames)
+        return self._family.losses(self.net, frames, features, self._anchors_of(features), truth)
 
     def new_arena(
         self, slots: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
@@ -204,33 +159,19 @@ class TSMDetector(nn.Module):
         if clip.ndim != 5 or tuple(clip.shape[2:]) != (3, *self.input_size):
             raise ShapeError(f"clip must be (N, T, 3, {', '.join(map(str, self.input_size))}), got {tuple(clip.shape)}")
 
+    def _features(self, frames: Tensor) -> Features:
+        features: Tensor | Features = self.net.backbone(frames)
+        return {"0": features} if isinstance(features, Tensor) else features
+
     def _dense(self, frames: Tensor) -> Dense:
-        features = self.net.backbone(frames)
-        levels = [features] if isinstance(features, Tensor) else list(features.values())
-        return Dense(tuple(levels), self.net.head(levels))
+        features = self._features(frames)
+        return Dense(features, self._family.outputs(self.net, features))
 
-    def _anchors_of(self, dense: Dense) -> Tensor:
-        """Anchors (A, 4) of one frame: the same for all, as the input has one size."""
-        device = dense.features[0].device
-        if self._anchors is None or self._anchors[1] != device:
-            images = ImageList(torch.empty(1, 3, *self.input_size, device=device), [self.input_size])
-            levels = [level[:1].float() for level in dense.features]
-            self._anchors = (self.input_size, device, self.net.anchor_generator(images, levels)[0])
-        return self._anchors[2]
-
-    def _chosen(self, scores: Tensor, boxes_at: Callable[[tuple[Tensor, Tensor]], Tensor], thresh: float) -> Boxes:
-        """The best boxes of one frame: scores (A, outputs); boxes_at (rows, outputs) gives boxes (M, 4)."""
-        wanted = scores[:, self._ids] if scores.shape[1] != len(self._ids) else scores
-        rows, labels = (wanted > thresh).nonzero(as_tuple=True)  # a score of NaN is none
-        found = wanted[rows, labels]
-        if len(found) > CANDIDATES:
-            found, best = found.topk(CANDIDATES)
-            rows, labels = rows[best], labels[best]
-        height, width = self.input_size
-        xyxy, fine = cleaned(boxes_at((rows, self._ids[labels])), (width, height), 0.01)
-        xyxy, found, labels = xyxy[fine], found[fine], labels[fine]
-        keep = batched_nms(xyxy, found, labels, self.recipe.nms_iou)[: self.recipe.max_detections]
-        return Boxes(xyxy[keep], found[keep], labels[keep])
+    def _anchors_of(self, features: Features) -> Tensor:
+        device = next(iter(features.values())).device
+        if self._anchors is None or self._anchors.device != device:
+            self._anchors = self._family.anchors(self.net, features)
+        return self._anchors
 
     def _truth(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
         boxes, labels = target["boxes"].to(self.device).float(), target["labels"].to(self.device)
@@ -242,13 +183,7 @@ class TSMDetector(nn.Module):
             raise ShapeError(f"labels {sorted(set(labels.tolist()))} of a target must be in 0..{len(self.labels) - 1}")
         height, width = self.input_size
         xyxy, fine = cleaned(boxes, (width, height), LEAST_TRUTH_PX)
-        return {"boxes": xyxy[fine], "labels": self._ids[labels[fine]]}
-
-    def _matched(self, anchors: Tensor, truth: Mapping[str, Tensor]) -> Tensor:
-        if not len(truth["boxes"]):
-            return torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
-        matched: Tensor = self.net.proposal_matcher(box_iou(truth["boxes"], anchors))
-        return matched
+        return {"boxes": xyxy[fine], "labels": self._output_of[labels[fine]]}
 
 
 def build_detector(recipe: DetectorRecipe) -> TSMDetector:

@@ -22,6 +22,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from tsm_core.backbones import Place, residual_places, shift_at
 from tsm_core.detector_recipes import DetectorRecipe
+from tsm_core.rfcn import RFCN
 
 
 class SmallBackbone(nn.Module):
@@ -96,6 +97,7 @@ NETWORKS: dict[str, Callable[[int], Any]] = {
     "fcos_resnet50_fpn": _fcos,
     "retinanet_resnet50_fpn_v2": _published(detection.retinanet_resnet50_fpn_v2),
     "fcos_small": _fcos_small,
+    "rfcn_resnet101": RFCN,
 }
 
 
