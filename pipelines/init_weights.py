@@ -11,6 +11,7 @@ import torchvision
 
 from tsm_core.backbones import BACKBONES
 from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_backbone, load_recogniser, read_card
+from tsm_core.detector_recipes import DetectorRecipe
 from tsm_core.errors import CallerError
 from tsm_core.model import TSM, WindowTSM
 from tsm_core.recipes import RECIPES, Recipe
@@ -80,7 +81,7 @@ def imagenet_url(name: str) -> str | None:
     return url
 
 
-def find_trained(recipe: Recipe, models_dir: Path | str) -> Path:
+def find_trained(recipe: Recipe | DetectorRecipe, models_dir: Path | str) -> Path:
     """The file of a recipe's trained weights. Raises NoInitialWeights."""
     models = Path(models_dir).expanduser()
     places = [models / f"{recipe.name}.safetensors"]

@@ -94,6 +94,7 @@ class Learning(Study):
     training: Training
 
     def __init__(self, job: Job, team: Team) -> None:
+        assert isinstance(job.recipe, Recipe)
         self.recipe = job.recipe
         super().__init__(job, team)
         self.blend = Blend(self.training.blend, len(self.recipe.labels))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tsm_core.detector_recipes import BoxTraining
 from tsm_core.errors import CallerError
 from tsm_core.recipes import Training
 
@@ -74,7 +75,7 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def scaled_lr(training: Training, total_batch: int) -> float:
+def scaled_lr(training: Training | BoxTraining, total_batch: int) -> float:
     """The recipe's learning rate for so many videos a step."""
     return training.lr * total_batch / training.lr_batch
 

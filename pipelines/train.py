@@ -37,11 +37,11 @@ from pipelines.rehearsal import dry_run, profile
 from pipelines.scoring import DecoderDied, OutOfMemory
 from pipelines.study import Team
 from pipelines.training_data import ClipOptions, NothingReadable
-from pipelines.training_job import AMP, BadOptions, Job, Options, TrainResult, new_job
+from pipelines.training_job import AMP, AnyRecipe, BadOptions, Job, Options, TrainResult, new_job
 from pipelines.work_dir import LAST, WorkDir, is_uri
 from tsm_core.checkpoints import save_model
+from tsm_core.detector_recipes import find_any_recipe
 from tsm_core.errors import CallerError, TSMError, WorldError
-from tsm_core.recipes import Recipe, find_recipe
 
 FORMAT = 1  # of checkpoints
 PROG = "python -m pipelines.train"
@@ -515,7 +515,7 @@ def _clock(seconds: float) -> str:
 
 
 def run_training(
-    recipe: Recipe | str,
+    recipe: AnyRecipe | str,
     *,
     data: Path | str | None,
     work_dir: Path | str,
@@ -551,14 +551,14 @@ def run_training(
 
 
 def find_job(
-    recipe: Recipe | str,
+    recipe: AnyRecipe | str,
     data: Path | str | None,
     work_dir: Path | str,
     options: Options | None = None,
     command: str = "",
 ) -> Job:
     """The job of a recipe, given by its name or whole. Raises UnknownRecipe, BadOptions."""
-    row = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    row = find_any_recipe(recipe) if isinstance(recipe, str) else recipe
     return new_job(row, _absolute(data), _absolute(work_dir) or "", options, command)
 
 
