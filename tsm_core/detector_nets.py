@@ -37,13 +37,18 @@ class SmallBackbone(nn.Module):
         self.down = nn.Sequential(*_strided(32, 64))
         self.layer2 = nn.Sequential(*(BasicBlock(64, 64) for _ in range(6)))
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            _even(module)
 
     def forward(self, x: Tensor) -> Tensor:
         """The features of x."""
         out: Tensor = self.layer2(self.down(self.layer1(self.stem(x))))
         return out
+
+
+def _even(module: nn.Module) -> None:
+    """Begin a convolution with weights that keep the size of what passes."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _strided(channels: int, out_channels: int) -> tuple[nn.Module, ...]:
@@ -55,6 +60,9 @@ def _fcos_small(classes: int) -> Any:
     anchors = AnchorGenerator(sizes=((8,),), aspect_ratios=((1.0,),))
     backbone = SmallBackbone()
     head = FCOSHead(backbone.out_channels, 1, classes, num_convs=2)
+    # torchvision draws them for fine-tuning, so small that from scratch no class is told apart for 1,000 steps
+    for branch in (head.classification_head.conv, head.regression_head.conv):
+        branch.apply(_even)
     return FCOS(backbone, classes, anchor_generator=anchors, head=head)
 
 
