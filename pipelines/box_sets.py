@@ -15,7 +15,7 @@ Opener = Callable[[Path | None, Part], BoxVideos]  # folder that holds the data 
 
 # by a recipe's `dataset`; a set that is drawn looks at no folder
 BOX_SETS: dict[str, Opener] = {
-    "moving-shapes": lambda _, part: MovingShapes(part),
+    "moving_shapes": lambda _, part: MovingShapes(part),
     "scenes": lambda _, part: SceneBoxes(part),
 }
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from pipelines.box_data import BadBoxes, BoxVideo, Mixed, Objects, Renamed, clean
+from pipelines.box_sets import BOX_SETS
+from tsm_core.detector_recipes import DETECTOR_RECIPES
 
 NAN = float("nan")
 
@@ -103,3 +105,8 @@ def test_mixed_sets_are_one_after_the_other():
 def test_sets_travel_to_other_processes():
     mixed = pickle.loads(pickle.dumps(Mixed((Renamed(Drawn(2), ("square", "disc")), 1))))
     assert mixed.video(1).objects[0].labels.tolist() == [0]
+
+
+def test_every_detector_recipe_has_its_data_set():
+    trained = [row for row in DETECTOR_RECIPES.values() if row.training is not None]
+    assert {row.dataset for row in trained} <= set(BOX_SETS) | {"coco", "imagenet_vid"}

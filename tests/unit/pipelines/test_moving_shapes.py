@@ -79,7 +79,7 @@ def test_shapes_rest_drift_and_fly(films):
 
 
 def test_the_data_set_is_one_of_ours():
-    train, val = open_boxes("moving-shapes", SHAPES, None, "train"), MovingShapes("val")
+    train, val = open_boxes("moving_shapes", SHAPES, None, "train"), MovingShapes("val")
     assert (len(train), len(val)) == (900, 200)
     assert train.identity != val.identity
     video = val.video(3)
