@@ -9,9 +9,10 @@ from typing import Any, Generic
 
 from torch import Tensor
 
-from services.schemas import ModelStatus, StreamModel
+from services.schemas import ModelStatus
 from services.served import Output, Served
 from services.snapshots import ModelState
+from services.stream_models import StreamModel
 from tsm_core.arena import Slot, WindowArena
 from tsm_core.types import Frame
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 from tqdm import tqdm
 
+from pipelines import vid
 from pipelines.datasets import DATASETS, Kind, Part
 from services.settings import Settings, load_settings
 from services.tables import print_table
@@ -32,6 +33,9 @@ data_app = typer.Typer(
 )
 
 EXAMPLES = 10
+BOXES: list[dict[str, Any]] = [  # data sets with boxes that lie in files
+    {"name": vid.NAME, "title": vid.TITLE, "classes": len(vid.WNIDS), "kinds": ["boxes"], "source": vid.SOURCE}
+]
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="kinetics400, sthv1, sthv2, jester, ...")]
@@ -281,12 +285,14 @@ def export_model(
 def list_datasets(as_json: Json = False) -> None:
     """The data sets, and where to get them."""
     if as_json:
-        typer.echo(json.dumps([{**asdict(row), "classes": len(row.labels)} for row in DATASETS.values()]))
+        listed = [{**asdict(row), "classes": len(row.labels)} for row in DATASETS.values()]
+        typer.echo(json.dumps([*listed, *BOXES]))
         return
     rows: list[tuple[str, ...]] = [("NAME", "TITLE", "CLASSES", "AS", "SPLITS", "FROM")]
     for row in DATASETS.values():
         kinds = " or ".join(row.kinds)
         rows.append((row.name, row.title, str(len(row.labels)), kinds, str(row.splits), row.source))
+    rows += [(each["name"], each["title"], str(each["classes"]), "boxes", "1", each["source"]) for each in BOXES]
     print_table(rows)
 
 
@@ -297,6 +303,9 @@ def prepare_dataset(
     """Turn a data set's official annotations into lists of videos, and say which of those are absent."""
     from pipelines.prepare import prepare
 
+    if dataset == vid.NAME:
+        _prepare_vid(data, as_json)
+        return
     with _items_bar(f"prepare {dataset}", "video") as on_progress:
         report = prepare(dataset, data, split=split, kind=kind, on_progress=on_progress)
     if as_json:
@@ -328,6 +337,9 @@ def check_dataset(
     """Look at every listed video: missing, unreadable, too short, miscounted; exit code 1 for an unusable one."""
     from pipelines.prepare import check
 
+    if dataset == vid.NAME:
+        _check_vid(data, part, full, as_json)
+        return
     with _items_bar(f"check {dataset}", "video") as on_progress:
         report = check(
             dataset,
@@ -349,6 +361,35 @@ def check_dataset(
         for finding in found:
             typer.echo(f"{finding['fault']}: {finding['path']}: {finding['detail']}")
     if not report.fine:
+        raise typer.Exit(1)
+
+
+def _prepare_vid(data: Path, as_json: bool) -> None:
+    with _items_bar(f"prepare {vid.NAME}", "video") as on_progress:
+        report = vid.prepare_vid(data, on_progress=on_progress)
+    if as_json:
+        typer.echo(json.dumps({"files": report.rows(), "notes": report.notes}))
+        return
+    _print_rows(report.rows())
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+
+
+def _check_vid(data: Path, part: Part | None, full: bool, as_json: bool) -> None:
+    home = vid.home_of(data)
+    names = [part] if part else [name for name, file in vid.FILES.items() if (home / "annotations" / file).is_file()]
+    with _items_bar(f"check {vid.NAME}", "video") as on_progress:
+        parts = ((name, vid.open_part(data, name)) for name in names or vid.FILES)
+        found = list(vid.check_boxes(parts, full=full, examples=EXAMPLES, on_progress=on_progress))
+    fine = all(each.fine for each in found)
+    examples = [example for each in found for example in each.examples]
+    if as_json:
+        typer.echo(json.dumps({"fine": fine, "parts": [each.row() for each in found], "examples": examples}))
+    else:
+        _print_rows([each.row() for each in found])
+        for example in examples:
+            typer.echo(example)
+    if not fine:
         raise typer.Exit(1)
 
 
@@ -422,11 +463,59 @@ def evaluate(
     ] = 0.5,
     as_json: Json = False,
 ) -> None:
-    """Test a checkpoint on listed videos as its authors do: top-1, top-5, mean class accuracy."""
+    """Test a checkpoint on listed videos: top-1, top-5, mean class accuracy; a detector: COCO's and VID's AP."""
+    from pipelines.box_evaluate import is_detector_test, run_box_evaluation
+    from pipelines.choice import BadEvaluation
     from pipelines.evaluate import run_evaluation
     from pipelines.progress import ProgressBar
     from pipelines.results import METRICS
 
+    folders = model_folders(load_settings())
+    if is_detector_test(recipe, checkpoint, folders):
+        others = {
+            "--eval": evaluations,
+            "METRIC": more,
+            "--views": views != "efficient",
+            "--clips": clips,
+            "--crop": crop,
+            "--crop-px": crop_px,
+            "--split": split != 1,
+            "--kind": kind,
+            "--list-order": list_order,
+            "--predictions": predictions,
+            "--confusion": confusion,
+            "--per-class": per_class,
+            "--resume": resume,
+            "--workers": workers,
+            "--gpus": gpus,
+            "--address": address,
+        }
+        if asked := [name for name, said in others.items() if said]:
+            raise BadEvaluation(
+                f"{', '.join(asked)}: for recognisers; {recipe} is a detector, which one process tests from the "
+                "first video to the last, and its result has every metric and class"
+            )
+        with ProgressBar() as bar:
+            result = run_box_evaluation(
+                recipe,
+                checkpoint,
+                data_root=data,
+                part=part,
+                list_file=list_file,
+                prefix=prefix,
+                limit=limit,
+                out=out,
+                batch=batch,
+                loaders=loaders,
+                device=device,
+                on_error="raise" if strict else "skip",
+                max_skipped=max_skipped,
+                model_dirs=folders,
+                command=shlex.join(["tsm", *sys.argv[1:]]),
+                on_progress=bar,
+            )
+        _tell_boxes(result, out, as_json)
+        return
     with ProgressBar() as bar:
         result = run_evaluation(
             recipe,
@@ -449,7 +538,7 @@ def evaluate(
             confusion=confusion,
             per_class=per_class,
             resume=resume,
-            model_dirs=model_folders(load_settings()),
+            model_dirs=folders,
             command=shlex.join(["tsm", *sys.argv[1:]]),
             workers=workers,
             gpus=gpus,
@@ -473,6 +562,23 @@ def evaluate(
     if page := result["published"]:
         shown = _score(Accuracy(page["top1"], page["top5"]))
         typer.echo(f"{page['source']} reports {shown} in its {page['setting']} setting, {page['note']}")
+    if out is not None:
+        typer.echo(f"written to {out}")
+
+
+def _tell_boxes(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    counts = result["counts"]
+    typer.echo(f"{counts['tested']} of {counts['listed']} videos, {counts['frames']} frames, stepped one by one")
+    for name, value in result["percent"].items():
+        objects = counts["objects"].get(name.removeprefix("vid_"))
+        typer.echo(
+            f"{name:<20} {'-' if value is None else f'{value:.2f} %'}" + (f" of {objects} objects" if objects else "")
+        )
+    for fault in result["skipped"][:EXAMPLES]:
+        typer.echo(f"skipped: {fault['error']}")
     if out is not None:
         typer.echo(f"written to {out}")
 

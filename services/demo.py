@@ -1,8 +1,9 @@
-"""The demo: simulated cameras, the real service, live events, and a score against the cameras' own script."""
+"""The demo: simulated cameras, the real service, live events, and a score against the cameras' own script and boxes."""
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -14,15 +15,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+import numpy as np
 
+from pipelines.box_data import Objects
+from pipelines.box_metrics import Found
+from pipelines.box_scoring import CocoPrecision, Judged
 from pipelines.camera import SessionInfo, frame_number
+from pipelines.scene_boxes import objects_of
+from pipelines.scenes import KINDS, Scene
 from pipelines.simulator import SimulatorClient, start_simulator
-from services.settings import Settings, StoreSettings
+from services.settings import ModelSettings, Settings, StoreSettings
 from services.store import StateStore, open_store
 from tsm_core.errors import WorldError
+from tsm_core.zoo import available_models
 
 CAMERAS = 4
 FPS = 15.0
+DETECTOR = "scenes_detector"  # runs beside the default model where its weights are at hand
 READY_S = 60.0  # longest wait for all cameras to run
 QUIET_S = 1.5  # counters that stand still for so long have counted everything
 
@@ -35,7 +44,8 @@ class CameraTruth:
     """What one simulated camera says it showed.
 
     script: intervals {label, start_frame, end_frame} with end exclusive. sent: frame number → Unix time at which it was
-    sent; frames_sent counts every transmission to the service, repeats in a second session included.
+    sent; frames_sent counts every transmission to the service, repeats in a second session included. boxes: what is on
+    each frame, labels counting in KINDS.
     """
 
     stream_id: str
@@ -43,6 +53,7 @@ class CameraTruth:
     script: Sequence[Mapping[str, Any]]
     sent: Mapping[int, float]
     frames_sent: int
+    boxes: Sequence[Objects] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +80,8 @@ def judged_intervals(truth: CameraTruth, result: CameraResult) -> list[tuple[str
 
     Counted from one second after the interval's start; None where nothing was reported in it.
     """
-    seen = [record["camera_frame"] for record in result.scores]
+    scores = [record for record in result.scores if "label" in record and "track_id" not in record]
+    seen = [record["camera_frame"] for record in scores]
     if not seen:
         return []
     first, last = min(seen), max(seen)
@@ -82,7 +94,7 @@ def judged_intervals(truth: CameraTruth, result: CameraResult) -> list[tuple[str
         and span["start_frame"] >= first
         and span["end_frame"] - 1 <= last
     ]
-    for record in result.scores:
+    for record in scores:
         for index, span in spans:
             if span["start_frame"] + settle <= record["camera_frame"] < span["end_frame"]:
                 votes[index][record["label"]] += 1
@@ -107,6 +119,24 @@ def false_actions(truth: CameraTruth, result: CameraResult) -> tuple[int, int]:
     return len(spans), wrong
 
 
+def judged_boxes(truth: CameraTruth, result: CameraResult) -> Judged:
+    """What was on every frame that the detector told of, and what it told."""
+    frames = {
+        record["camera_frame"]: record["objects"]
+        for record in result.scores
+        if "objects" in record and record["camera_frame"] < len(truth.boxes)
+    }
+    found = [
+        Found(
+            np.array([one["box"] for one in objects], np.float32).reshape(-1, 4),
+            np.array([one["score"] for one in objects], np.float32),
+            np.array([KINDS.index(one["label"]) for one in objects], np.int64),
+        )
+        for objects in frames.values()
+    ]
+    return Judged(truth.stream_id, [truth.boxes[number] for number in frames], found)
+
+
 def demo_score(pairs: Sequence[tuple[CameraTruth, CameraResult]], replicas: int) -> dict[str, Any]:
     """The demo's last line: counts, accuracy, latency from the camera's send to the publication of the result."""
     judged = [pair for truth, result in pairs for pair in judged_intervals(truth, result)]
@@ -120,6 +150,10 @@ def demo_score(pairs: Sequence[tuple[CameraTruth, CameraResult]], replicas: int)
     dropped: Counter[str] = Counter()
     for _, result in pairs:
         dropped.update(result.dropped)
+    boxes = CocoPrecision(KINDS)
+    for truth, result in pairs:
+        boxes.add(judged_boxes(truth, result))
+    ap50 = boxes.figures()["ap50"]
     sent = sum(truth.frames_sent for truth, _ in pairs)
     processed = sum(result.processed for _, result in pairs)
     return {
@@ -134,6 +168,7 @@ def demo_score(pairs: Sequence[tuple[CameraTruth, CameraResult]], replicas: int)
         "false_events": sum(wrong for _, wrong in actions),
         "intervals": len(judged),
         "label_accuracy": round(sum(a == b for a, b in judged) / len(judged), 4) if judged else None,
+        "detection_ap50": None if math.isnan(ap50) else round(ap50, 4),
         "latency_ms": percentiles(latencies),
     }
 
@@ -185,11 +220,12 @@ def describe(event: Mapping[str, Any]) -> str:
     """One line of an event for people."""
     data = event["data"]
     clock = time.strftime("%H:%M:%S", time.localtime(event["published_s"]))
-    if ".action." not in event["type"]:
+    if event["type"].endswith("stream.state"):
         message = f"  {data['status_message']}" if data["status_message"] else ""
         return f"{clock}  {data['stream_id']:<10} {data['before'] or '-'} -> {data['after']}{message}"
     length = (data["end_time"] or data["frame_time"]) - data["start_time"]
-    return f"{clock}  {data['stream_id']:<10} {data['type']:<7}{data['label']:<18} {data['score']:.2f}  {length:5.1f} s"
+    what = f"{data['label']} #{data['track_id'].rpartition(':')[2]}" if "track_id" in data else data["label"]
+    return f"{clock}  {data['stream_id']:<10} {data['type']:<7}{what:<18} {data['score']:.2f}  {length:5.1f} s"
 
 
 def run(settings: Settings, seconds: float | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -210,6 +246,10 @@ def run(settings: Settings, seconds: float | None = None, say: Callable[[str], N
             data_dir = stack.enter_context(TemporaryDirectory(prefix="tsm-demo-", ignore_cleanup_errors=True))
             store_settings = settings.store.model_copy(update={"data_dir": Path(data_dir)})
             settings = settings.model_copy(update={"store": store_settings})
+        names = [settings.engine.models[0].name]
+        if DETECTOR in available_models([settings.models.folder]):
+            names = list(dict.fromkeys([*names, DETECTOR]))
+            settings = with_model(settings, DETECTOR)
         say("starting the service: store, controller, engine replicas, page (some 20 s) ...")
         service = run_service(settings)
         stack.callback(service.stop)
@@ -219,7 +259,8 @@ def run(settings: Settings, seconds: float | None = None, say: Callable[[str], N
         stack.callback(collector.stop)
         with httpx.Client(base_url=service.url, timeout=30) as http:
             for stream, url in zip(streams, simulator.urls, strict=True):
-                http.post("/v1/streams", json={"id": stream, "source": {"uri": url}}).raise_for_status()
+                body = {"id": stream, "source": {"uri": url}, "models": [{"name": name} for name in names]}
+                http.post("/v1/streams", json=body).raise_for_status()
         say(f"page: {service.url}/")
         wait_running(store, streams)
         say(f"cameras: {', '.join(simulator.urls)}")
@@ -237,13 +278,18 @@ def run(settings: Settings, seconds: float | None = None, say: Callable[[str], N
         wait_quiet(store, streams)
         collector.stop()
         pairs = []
-        for stream, client in clients.items():
+        for seed, (stream, client) in enumerate(clients.items(), start=1):
             status = store.status(stream)
             log = client.log()
             last = max(entry.frame_number for entry in log)
             sessions = client.sessions()
             truth = CameraTruth(
-                stream, FPS, client.script(last + 1), {e.frame_number: e.sent_unix_s for e in log}, len(log)
+                stream,
+                FPS,
+                client.script(last + 1),
+                {e.frame_number: e.sent_unix_s for e in log},
+                len(log),
+                objects_of(Scene(seed), last + 1) if DETECTOR in names else (),
             )
             result = CameraResult(
                 [
@@ -263,6 +309,14 @@ def run(settings: Settings, seconds: float | None = None, say: Callable[[str], N
             )
             pairs.append((truth, result))
     return demo_score(pairs, replicas)
+
+
+def with_model(settings: Settings, name: str) -> Settings:
+    """The settings with one more model to load."""
+    models = settings.engine.models
+    if name not in {model.name for model in models}:
+        models = (*models, ModelSettings(name=name))
+    return settings.model_copy(update={"engine": settings.engine.model_copy(update={"models": models})})
 
 
 def wait_running(store: StateStore, streams: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from services.frame_queue import FrameQueue
 from services.lanes import Clip, ClipLane, Sight
 from services.previews import Previews
 from services.schemas import Lease, ReplicaInfo, StreamSpec
-from services.served import Served, ServedRecogniser
+from services.served import Model, Served, ServedRecogniser, serve
 from services.session import ModelNotLoaded, OpenSource, Session
 from services.settings import Settings
 from services.sinks import Outlet, Publisher
@@ -32,7 +32,6 @@ from services.telemetry import EngineFigures, Telemetry
 from tsm_core.arena import ArenaFull, WindowArena
 from tsm_core.checkpoints import load_model
 from tsm_core.errors import TSMError, WorldError
-from tsm_core.model import TSM, WindowTSM
 from tsm_core.zoo import find_model
 
 log = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ class Engine:
         settings: Settings,
         store: StateStore,
         replica_id: str,
-        models: Mapping[str, TSM | WindowTSM] | None = None,
+        models: Mapping[str, Model] | None = None,
         *,
         open_source: OpenSource = Source,
     ) -> None:
@@ -149,8 +148,10 @@ class Engine:
         torch.set_num_threads(self.settings.engine.threads)
         self._started_s = time.time()
         models = self._models if self._models is not None else self._load()
-        slots = self.settings.engine.slots
-        self.served = {name: ServedRecogniser(name, model, slots) for name, model in models.items()}
+        slots, object_slots = self.settings.engine.slots, self.settings.engine.object_slots
+        loaded = [serve(name, model, slots, object_slots) for name, model in models.items()]
+        # detectors first: others look at what they found on the same frame
+        self.served = {served.name: served for served in sorted(loaded, key=lambda each: each.task != "detection")}
         for served in self.served.values():
             served.warm_up()
         for served in self.served.values():
@@ -643,7 +644,7 @@ class Engine:
             store_errors=dict(self._store_errors),
         )
 
-    def _load(self) -> dict[str, TSM | WindowTSM]:
+    def _load(self) -> dict[str, Model]:
         folders = [self.settings.models.folder]
         return {
             model.name: load_model(find_model(model.name, model.path, folders), self.device).for_inference()

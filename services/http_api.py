@@ -25,9 +25,11 @@ from pipelines.faults import ProbeReport
 from services import telemetry
 from services.feed import Hub
 from services.manager import NoCapacity, NoPicture, ServedModel, ServiceStats, StreamManager, StreamStats, StreamView
-from services.schemas import ReplicaInfo, SourceSpec, StreamId, StreamModel, StreamSpec, StreamStatus, Wire
+from services.schemas import ReplicaInfo, SourceSpec, StreamSpec, StreamStatus
 from services.settings import Settings
 from services.store import StreamExists, StreamNotFound
+from services.stream_models import StreamModels
+from services.wire import StreamId, Wire
 from tsm_core.errors import TSMError, WorldError
 
 WEB = Path(__file__).parent / "web"
@@ -77,7 +79,7 @@ class NewStream(Wire):
     name: str = Field("", max_length=200)
     enabled: bool = Field(True, description="false: registered but stopped")
     source: SourceSpec
-    models: tuple[StreamModel, ...] = Field((), max_length=8, description="empty: the service's default model")
+    models: StreamModels = ()
     max_fps: float | None = Field(None, gt=0, le=240, description="recognise at most this many frames a second")
     tags: dict[str, str] = Field(default_factory=dict, max_length=32)
 
@@ -88,7 +90,7 @@ class StreamChanges(Wire):
     name: str = Field("", max_length=200)
     enabled: bool = True
     source: SourceSpec | None = None
-    models: tuple[StreamModel, ...] = Field((), max_length=8)
+    models: StreamModels = ()
     max_fps: float | None = Field(None, gt=0, le=240)
     tags: dict[str, str] = Field(default_factory=dict, max_length=32)
 

@@ -13,11 +13,14 @@ from urllib.parse import quote, urlsplit
 from pydantic import Field
 
 from pipelines.faults import ProbeReport, file_path, has_secret, probe, redact
-from services.schemas import Latency, ReplicaInfo, SourceSpec, StreamModel, StreamSpec, StreamState, StreamStatus, Wire
+from services.schemas import Latency, ReplicaInfo, SourceSpec, StreamSpec, StreamState, StreamStatus
 from services.settings import Settings
 from services.store import StateStore, StreamExists
+from services.stream_models import DETECTOR_OPTIONS, RECOGNISER_OPTIONS, StreamModel
+from services.wire import Wire
 from tsm_core.checkpoints import read_card
 from tsm_core.cost import multiply_adds
+from tsm_core.detector_recipes import DetectorRecipe
 from tsm_core.errors import CallerError, WorldError
 from tsm_core.postprocess import GestureSmoother
 from tsm_core.recipes import Recipe, SmootherName
@@ -115,10 +118,16 @@ class ServedModel(Wire):
     """One model that streams can name."""
 
     name: str = Field(examples=["motion9"])
+    task: Literal["recognition", "detection"] = Field(
+        "recognition", description="recognition: scores become actions; detection: boxes become objects"
+    )
     labels: tuple[str, ...]
     background: tuple[str, ...] = Field((), description="labels that are no action, such as `still`")
     mode: Literal["step", "window"] = Field(description="step: one result a frame; window: one every stride_s")
-    input_px: int
+    shift: Literal["uni", "bi", "none"] = Field(
+        "uni", description="whether it sees the past (uni), the future too (bi), or each frame by itself (none)"
+    )
+    input_px: int = Field(description="longer side of its input")
     window_s: float | None = Field(None, description="window mode: seconds of video one result sees")
     stride_s: float | None = Field(None, description="window mode: seconds between two results")
     frames_per_result: int = Field(1, description="frames that go through the network for one result")
@@ -142,20 +151,28 @@ def served_models(settings: Settings) -> tuple[ServedModel, ...]:
     return tuple(found)
 
 
-def describe(name: str, recipe: Recipe, *, default: bool = False) -> ServedModel:
+def describe(name: str, recipe: Recipe | DetectorRecipe, *, default: bool = False) -> ServedModel:
     """A model as the doors show it, with what one result of it costs."""
-    window = {} if recipe.steppable else {"window_s": recipe.window_s, "stride_s": recipe.window_stride_s}
+    about: dict[str, Any]
+    if isinstance(recipe, DetectorRecipe):
+        about = {"task": "detection", "mode": "step", "input_px": max(recipe.input_size)}
+    else:
+        about = {
+            "background": recipe.background,
+            "mode": "step" if recipe.steppable else "window",
+            "input_px": recipe.preprocess.input_px,
+            "frames_per_result": 1 if recipe.steppable else recipe.frames,
+            "smoother": recipe.smoother,
+            "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3),
+        }
+        if not recipe.steppable:
+            about |= {"window_s": recipe.window_s, "stride_s": recipe.window_stride_s}
     return ServedModel(
         name=name,
         labels=recipe.labels,
-        background=recipe.background,
-        mode="step" if recipe.steppable else "window",
-        input_px=recipe.preprocess.input_px,
-        frames_per_result=1 if recipe.steppable else recipe.frames,
-        gmac_per_result=round(multiply_adds(recipe) / 1e9, 3),
-        smoother=recipe.smoother,
+        shift=recipe.shift,
         default=default,
-        **window,
+        **about,
     )
 
 
@@ -386,11 +403,13 @@ class StreamManager:
     def _known(self, wanted: Sequence[StreamModel]) -> tuple[StreamModel, ...]:
         served = {model.name: model for model in self._models}
         for model in wanted:
-            if model.name not in served:
-                raise UnknownModel(
-                    f"model {model.name!r} is not served; served: {', '.join(sorted(served))}; "
-                    "engine.models names what every replica loads"
-                )
+            for name in (model.name, *([model.of_objects.objects_of] if model.of_objects else [])):
+                if name not in served:
+                    raise UnknownModel(
+                        f"model {name!r} is not served; served: {', '.join(sorted(served))}; "
+                        "engine.models names what every replica loads"
+                    )
+            self._check_task(model, served)
             timing = [name for name in ("window_s", "stride_s") if getattr(model, name) is not None]
             if timing and served[model.name].mode == "step":
                 raise ModelOptionError(
@@ -402,6 +421,31 @@ class StreamManager:
         if wanted:
             return tuple(wanted)
         return (StreamModel(name=next((m.name for m in self._models if m.default), self._models[0].name)),)
+
+    @staticmethod
+    def _check_task(model: StreamModel, served: Mapping[str, ServedModel]) -> None:
+        """Raise ModelOptionError for options of the other kind of model, and for labels that it does not have."""
+        own = served[model.name]
+        detects = own.task == "detection"
+        if wrong := model.given(RECOGNISER_OPTIONS if detects else DETECTOR_OPTIONS):
+            kind = "detector" if detects else "recogniser"
+            raise ModelOptionError(
+                f"{' and '.join(wrong)} of model {model.name!r} mean nothing: it is a {kind}; leave them out"
+            )
+        if detects:
+            model.object_rules()
+        source, labels = own, model.object_labels
+        if model.of_objects:
+            source, labels = served[model.of_objects.objects_of], model.of_objects.labels
+            if source.task != "detection":
+                raise ModelOptionError(
+                    f"model {model.name!r} looks at the objects of {source.name!r}, which is a recogniser and finds "
+                    "none; name a detector"
+                )
+        if unknown := sorted(set(labels) - set(source.labels)):
+            raise ModelOptionError(
+                f"{source.name!r} has no label {', '.join(unknown)}; its labels are {', '.join(source.labels)}"
+            )
 
     def _fits(self, more: int) -> None:
         live = [replica for replica in self.store.replicas() if not replica.draining]

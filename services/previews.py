@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from PIL import Image
 from torch import Tensor
 
+from services.overlay import overlay
 from services.session import Session
 from services.settings import PreviewSettings
 from services.store import StaleLease, StateStore
@@ -21,10 +22,11 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.25  # seconds between two looks at who is watched
 
 
-def jpeg(image: Tensor, quality: int) -> bytes:
-    """JPEG of a picture, uint8 (3, H, W)."""
+def jpeg(image: Tensor, quality: int, comment: bytes | None = None) -> bytes:
+    """JPEG of a picture, uint8 (3, H, W), with a comment in it."""
     out = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(out, "JPEG", quality=quality)
+    more = {"comment": comment} if comment else {}
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(out, "JPEG", quality=quality, **more)
     return out.getvalue()
 
 
@@ -60,7 +62,7 @@ class Previews:
         alive = set()
         for session in self._sessions():
             alive.add(session.id)
-            frame = session.latest
+            frame, found = session.picture() or (None, ())
             fps = self._settings.max_fps if session.id in self._watched else self._settings.idle_fps
             epoch, number, shown_s = self._shown.get(session.id, (0, -1, 0.0))
             # a tenth early, or a camera exactly as fast as max_fps would lose every other picture
@@ -70,7 +72,8 @@ class Previews:
                 continue
             self._shown[session.id] = (session.lease.epoch, frame.number, now_s)
             try:
-                self._store.put_preview(session.lease, jpeg(frame.image, self._settings.quality), frame.number)
+                picture = jpeg(frame.image, self._settings.quality, overlay(frame.number, found))
+                self._store.put_preview(session.lease, picture, frame.number)
                 put += 1
             except StaleLease:
                 continue  # the publisher closes the session

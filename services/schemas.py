@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from tsm_core.recipes import SmootherName
-from tsm_core.types import ActionEvent, Scores
+from services.stream_models import StreamModels
+from services.wire import StreamId, Wire
+from tsm_core.types import ActionEvent, ObjectEvent, Scores, Track
 
 EVENT_PREFIX = "tsm.v1"
 
 StreamState = Literal["STARTING", "RUNNING", "RESTARTING", "STOPPING", "STOPPED", "FAILED", "ENDED"]
-StreamId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$", examples=["door-1"])]
-
-
-class Wire(BaseModel):
-    """Base of everything on the wire: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SourceSpec(Wire):
@@ -85,27 +80,6 @@ class SourceSpec(Wire):
         return self.uri.startswith("file:")
 
 
-class StreamModel(Wire):
-    """One model on a stream, and when its scores become actions."""
-
-    name: str = Field(min_length=1, max_length=128, examples=["motion9"])
-    threshold: float | None = Field(None, gt=0, le=1, description="score that begins an action; default: the model's")
-    off_threshold: float | None = Field(None, ge=0, le=1, description="score that ends it; default: the model's")
-    window_s: float | None = Field(None, gt=0, le=600, description="window mode: seconds of video one result sees")
-    stride_s: float | None = Field(None, gt=0, le=600, description="window mode: seconds between two results")
-    smoother: SmootherName | None = Field(
-        None,
-        description="exponential, or gesture: mit-han-lab's rules for the online Jester labels; default: the model's",
-    )
-
-    @model_validator(mode="after")
-    def check_thresholds(self) -> StreamModel:
-        """An action must not end above the score that begins it."""
-        if self.threshold is not None and self.off_threshold is not None and self.off_threshold > self.threshold:
-            raise ValueError(f"off_threshold {self.off_threshold} is above threshold {self.threshold}")
-        return self
-
-
 class StreamSpec(Wire):
     """The desired state of one stream, as the registry keeps it."""
 
@@ -113,7 +87,7 @@ class StreamSpec(Wire):
     name: str = Field("", max_length=200)
     enabled: bool = Field(True, description="false: registered but stopped")
     source: SourceSpec
-    models: tuple[StreamModel, ...] = Field((), max_length=8, description="empty: the service's default model")
+    models: StreamModels = ()
     max_fps: float | None = Field(None, gt=0, le=240, description="recognise at most this many frames a second")
     tags: dict[str, str] = Field(default_factory=dict, max_length=32)
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
@@ -153,6 +127,12 @@ class ModelStatus(Wire):
     frames_per_result: int = Field(description="frames that go through the network for one result")
     window_s: float | None = Field(None, description="window mode: seconds of video one result sees")
     stride_s: float | None = Field(None, description="window mode: seconds between two results")
+    region: str | None = Field(None, description="part of the picture that it looks at; empty: all of it")
+    objects_of: str | None = Field(None, description="detector whose objects it looks at")
+    objects: dict[str, int] | None = Field(
+        None, description="objects in view by label: a detector's, or those that a recogniser looks at"
+    )
+    without_slot: int = Field(0, description="objects so far that found no free slot (engine.object_slots)")
     results: int = Field(0, description="results so far in this session")
     skipped: int = Field(0, description="window mode: results left out because the replica was behind")
     result_cost_ms: float | None = Field(None, description="compute time of one result: median of the last ones")
@@ -209,9 +189,19 @@ class Lease(Wire):
 
 
 def score_record(
-    stream_id: str, model: str, number: int, pts_s: float, time_s: float, scores: Scores, top_k: int = 5
+    stream_id: str,
+    model: str,
+    number: int,
+    pts_s: float,
+    time_s: float,
+    scores: Scores,
+    top_k: int = 5,
+    about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """One line of a stream's score feed; the store adds `published_s` as it writes it."""
+    """One line of a stream's score feed; the store adds `published_s` as it writes it.
+
+    about: what of the frame the scores are of, such as `track_id` or `region`; nothing for all of it.
+    """
     top = scores.top(top_k)
     return {
         "stream_id": stream_id,
@@ -225,35 +215,119 @@ def score_record(
         "warmup": f"{scores.warmup_frames}/{scores.warmup_total}"
         if scores.warmup_frames < scores.warmup_total
         else None,
+        **(about or {}),
     }
 
 
-def cloud_event(event: ActionEvent) -> dict[str, Any]:
-    """The event as CloudEvents 1.0 structured JSON; the store adds `sequence` and `published_s` as it writes it."""
+def cloud_event(event: ActionEvent, about: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The action as CloudEvents 1.0 structured JSON; the store adds `sequence` and `published_s` as it writes it.
+
+    about: as in `score_record`.
+    """
+    data = {
+        "type": event.phase,
+        "stream_id": event.stream_id,
+        "label": event.label,
+        "score": round(event.score, 4),
+        "top_score": round(event.top_score, 4),
+        "top_k": [{"label": label, "score": round(score, 4)} for label, score in event.top_k],
+        "model": event.model,
+        "frame_number": event.frame_number,
+        "pts_s": round(event.pts_s, 6),
+        "frame_time": event.frame_time_s,
+        "start_time": event.start_time_s,
+        "start_pts_s": round(event.start_pts_s, 6),
+        "end_time": event.end_time_s,
+        **(about or {}),
+    }
+    return _envelope(event.stream_id, f"action.{event.phase}", event.action_id, event.frame_time_s, data)
+
+
+def _envelope(stream_id: str, kind: str, subject: str, time_s: float, data: dict[str, Any]) -> dict[str, Any]:
     return {
         "specversion": "1.0",
         "id": str(uuid.uuid4()),
-        "source": f"/streams/{event.stream_id}",
-        "type": f"{EVENT_PREFIX}.action.{event.phase}",
-        "subject": event.action_id,
-        "time": datetime.fromtimestamp(event.frame_time_s, UTC).isoformat(timespec="milliseconds"),
+        "source": f"/streams/{stream_id}",
+        "type": f"{EVENT_PREFIX}.{kind}",
+        "subject": subject,
+        "time": datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds"),
         "datacontenttype": "application/json",
-        "partitionkey": event.stream_id,
-        "data": {
-            "type": event.phase,
-            "stream_id": event.stream_id,
-            "label": event.label,
-            "score": round(event.score, 4),
-            "top_score": round(event.top_score, 4),
-            "top_k": [{"label": label, "score": round(score, 4)} for label, score in event.top_k],
-            "model": event.model,
-            "frame_number": event.frame_number,
-            "pts_s": round(event.pts_s, 6),
-            "frame_time": event.frame_time_s,
-            "start_time": event.start_time_s,
-            "start_pts_s": round(event.start_pts_s, 6),
-            "end_time": event.end_time_s,
-        },
+        "partitionkey": stream_id,
+        "data": data,
+    }
+
+
+def objects_record(
+    stream_id: str,
+    model: str,
+    number: int,
+    pts_s: float,
+    time_s: float,
+    source_size: tuple[int, int],
+    tracks: Sequence[Track],
+) -> dict[str, Any]:
+    """One line of a stream's score feed that a detector wrote: the objects with a box on this very frame.
+
+    size is the (width, height) in source pixels that the boxes are in.
+    """
+    return {
+        "stream_id": stream_id,
+        "model": model,
+        "frame_number": number,
+        "pts_s": round(pts_s, 6),
+        "time_s": round(time_s, 6),
+        "size": list(source_size),
+        "objects": [
+            {
+                "track_id": track.track_id,
+                "label": track.label,
+                "score": round(track.score, 4),
+                "detection_score": round(track.detection_score, 4),
+                "box": [round(side, 1) for side in track.xyxy],
+                "zones": list(track.zones),
+                "loitering": list(track.loitering),
+                "stationary": track.stationary,
+            }
+            for track in tracks
+        ],
+    }
+
+
+def object_event(event: ObjectEvent) -> dict[str, Any]:
+    """What became of an object as CloudEvents 1.0; its subject is the track's id."""
+    track = event.after
+    data = {
+        "type": event.phase,
+        "stream_id": event.stream_id,
+        "model": event.model,
+        **_snapshot(track, event.source_size),
+        "before": _snapshot(event.before, event.source_size) if event.before else None,
+        "after": _snapshot(track, event.source_size),
+        "crossings": [{"line": crossing.line, "direction": crossing.direction} for crossing in event.crossings],
+        "frame_number": event.frame_number,
+        "pts_s": round(event.pts_s, 6),
+        "frame_time": event.frame_time_s,
+        "start_time": track.start_time_s,
+        "start_pts_s": round(track.start_pts_s, 6),
+        "end_time": event.end_time_s,
+    }
+    return _envelope(event.stream_id, f"detection.{event.phase}", event.track_id, event.frame_time_s, data)
+
+
+def _snapshot(track: Track, size: tuple[int, int]) -> dict[str, Any]:
+    """A track as its events tell it; box in source pixels, box_norm as shares of the picture."""
+    sides = zip(track.xyxy, (*size, *size), strict=True)
+    return {
+        "track_id": track.track_id,
+        "label": track.label,
+        "score": round(track.score, 4),
+        "top_score": round(track.top_score, 4),
+        "box": [round(side, 1) for side in track.xyxy],
+        "box_norm": [round(side / whole, 4) for side, whole in sides],
+        "current_zones": list(track.zones),
+        "entered_zones": list(track.entered_zones),
+        "loitering": list(track.loitering),
+        "stationary": track.stationary,
     }
 
 
@@ -261,14 +335,5 @@ def state_event(
     stream_id: str, before: StreamState | None, after: StreamState, why: str, at_s: float
 ) -> dict[str, Any]:
     """A change of a stream's state as CloudEvents 1.0."""
-    return {
-        "specversion": "1.0",
-        "id": str(uuid.uuid4()),
-        "source": f"/streams/{stream_id}",
-        "type": f"{EVENT_PREFIX}.stream.state",
-        "subject": stream_id,
-        "time": datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds"),
-        "datacontenttype": "application/json",
-        "partitionkey": stream_id,
-        "data": {"stream_id": stream_id, "before": before, "after": after, "status_message": why},
-    }
+    data = {"stream_id": stream_id, "before": before, "after": after, "status_message": why}
+    return _envelope(stream_id, "stream.state", stream_id, at_s, data)

@@ -13,13 +13,18 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipelines.object_rules import ObjectRules
+from pipelines.objects import ObjectAnalytics
 from tsm_core.arena import Arena, ArenaFull, Slot, WindowArena
+from tsm_core.boxes import Boxes
+from tsm_core.detector import TSMDetector
 from tsm_core.model import TSM, WindowTSM
 
 COSTS_KEPT = 32
 
 Task = Literal["recognition", "detection"]
 Output = TypeVar("Output")
+Model = TSM | WindowTSM | TSMDetector
 
 
 class Served(ABC, Generic[Output]):
@@ -140,6 +145,41 @@ class ServedRecogniser(Served[list[float]]):
         """One row of logits per clip (N, T, C, H, W), in window mode."""
         with torch.no_grad():
             return self._timed(lambda: _rows(self.model(clips)))
+
+
+class ServedDetector(Served[Boxes]):
+    """A detector: an output is what it found on a picture, in pixels of its input."""
+
+    task = "detection"
+    model: TSMDetector
+
+    @property
+    def needed_px(self) -> int:
+        """Short side in pixels below which a picture would have to be enlarged."""
+        height, width = self.model.input_size
+        return min(height, width)
+
+    def warm_up(self) -> None:
+        """Run one picture through, so that the first camera does not wait for lazy set-up."""
+        slot = self.arena.allocate()
+        pixels = self.preprocess([torch.zeros(3, *self.model.input_size, dtype=torch.uint8)])
+        self.step(pixels, [slot], [0.0])
+        self.arena.free(slot)
+        # the tracker's libraries take seconds to import, which no camera should wait for
+        ObjectAnalytics("warm-up", self.name, ObjectRules()).update((), 0, 0.0, 0.0, (1, 1))
+
+    def step(self, pixels: Tensor, slots: Sequence[Slot], times_s: Sequence[float]) -> list[Boxes]:
+        """What was found on one picture for each slot."""
+        return self._timed(
+            lambda: self.model.detect(self.model.step(pixels, self.arena, slots, times_s))  # type: ignore[arg-type]
+        )
+
+
+def serve(name: str, model: Model, slots: int, object_slots: int) -> ServedRecogniser | ServedDetector:
+    """The model, with room for so many streams and, if it is a recogniser, tracked objects."""
+    if isinstance(model, TSMDetector):
+        return ServedDetector(name, model, slots)
+    return ServedRecogniser(name, model, slots, object_slots)
 
 
 def _rows(logits: Tensor) -> list[list[float]]:

@@ -6,31 +6,25 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pipelines.sources import SourceConfig, SourceCounters, SourceState
-from services.analytics import Analytics, Look, Result, View
+from services.analytics import Analytics, Look, Record, Result, View
+from services.detection import ObjectDetection
 from services.frame_queue import FrameQueue, Waiting
-from services.recognition import Recognition
-from services.schemas import (
-    Latency,
-    Lease,
-    Restored,
-    StreamModel,
-    StreamSpec,
-    StreamState,
-    StreamStatus,
-    state_event,
-)
-from services.served import Served, ServedRecogniser
+from services.recognition import ObjectRecognition, Recognition
+from services.schemas import Latency, Lease, Restored, StreamSpec, StreamState, StreamStatus, state_event
+from services.served import Served, ServedDetector
 from services.settings import Settings
 from services.snapshots import Snapshot, SnapshotError, decode_snapshot, sha256
+from services.stream_models import StreamModel
 from services.telemetry import StreamFigures
 from tsm_core.errors import CallerError
 from tsm_core.types import Frame
 
 LATENCY_S = 60.0
+BLIND_S = 2.0
 RATE_S = 3.0
 
 
@@ -55,12 +49,6 @@ class SourceLike(Protocol):
 OpenSource = Callable[[SourceConfig, Callable[[Frame], None], Callable[[SourceState], None], int], SourceLike]
 
 
-def open_analytics(served: Served[Any], stream_id: str, options: StreamModel, max_gap_s: float) -> Analytics[Any]:
-    """What this model will know of the stream. Raises ArenaFull."""
-    assert isinstance(served, ServedRecogniser)
-    return Recognition(served, stream_id, options, max_gap_s)
-
-
 class Session:
     """One stream, for as long as this replica owns it.
 
@@ -79,6 +67,7 @@ class Session:
         on_change: Callable[[Session, dict[str, Any]], None],
     ) -> None:
         """Allocate the slots. Raises ModelNotLoaded, ArenaFull."""
+        models = spec.models or (StreamModel(name=settings.engine.models[0].name),)
         self.spec = spec
         self.lease = lease
         self.settings = settings
@@ -102,7 +91,10 @@ class Session:
         self._reconnects_before = 0
         self._lost_before = 0
         self._last: Frame | None = None  # newest frame that went through the models
-        self._resumed: Snapshot | None = None
+        self._detects = any(served[options.name].task == "detection" for options in models if options.name in served)
+        self._waiting_s: float | None = None  # since when a frame waits that none has gone through after
+        self._found: list[Record] = []  # on the frame that goes through the models now
+        self._looked: tuple[Frame, Sequence[Record]] | None = None  # the newest one that went through, and its finds
         self._top: tuple[str, float] | None = None
         self._warmup: str | None = None
         self._checkpoint_s: float | None = None
@@ -110,17 +102,37 @@ class Session:
         self._counts: deque[tuple[float, int, int]] = deque()
         self.analytics: dict[str, Analytics[Any]] = {}
         try:
-            for options in spec.models or (StreamModel(name=settings.engine.models[0].name),):
-                if options.name not in served:
-                    raise ModelNotLoaded(
-                        f"model {options.name!r} is not loaded here; loaded: {', '.join(sorted(served))}"
-                    )
-                self.analytics[options.name] = open_analytics(
-                    served[options.name], spec.id, options, settings.engine.state_max_gap_s
-                )
+            self._open_analytics(models, served)
         except Exception:
             self.free()
             raise
+
+    def _open_analytics(self, models: Sequence[StreamModel], served: Mapping[str, Served[Any]]) -> None:
+        """What each model will know of the stream; detectors first, for others look at what they find."""
+        for options in models:
+            if options.name not in served:
+                raise ModelNotLoaded(f"model {options.name!r} is not loaded here; loaded: {', '.join(sorted(served))}")
+        max_gap_s = self.settings.engine.state_max_gap_s
+        for options in sorted(models, key=lambda options: served[options.name].task != "detection"):
+            model = served[options.name]
+            analytics: Analytics[Any]
+            if isinstance(model, ServedDetector):
+                others = any(isinstance(each, ObjectDetection) for each in self.analytics.values())
+                ids = f"{self.id}/{options.name}" if others else self.id
+                analytics = ObjectDetection(model, self.id, options, max_gap_s, ids)
+            elif options.of_objects is None:
+                analytics = Recognition(model, self.id, options, max_gap_s)
+            else:
+                analytics = ObjectRecognition(
+                    model, self.id, options, max_gap_s, self._detection(options.of_objects.objects_of)
+                )
+            self.analytics[options.name] = analytics
+
+    def _detection(self, name: str) -> ObjectDetection:
+        found = self.analytics.get(name)
+        if not isinstance(found, ObjectDetection):
+            raise ModelNotLoaded(f"{name!r} is no detector of this stream, so it has no objects to look at")
+        return found
 
     @property
     def id(self) -> str:
@@ -174,7 +186,6 @@ class Session:
                 refused.append(error)
         if len(refused) == len(found):
             raise refused[0]
-        self._resumed = snapshot
         self.saved_number = snapshot.frame_number
         self.restored = Restored(
             mode="checkpoint", frame_number=snapshot.frame_number, blob_bytes=len(blob), blob_sha256=sha256(blob)
@@ -212,6 +223,8 @@ class Session:
     def on_frame(self, frame: Frame) -> None:
         """A frame has arrived; never blocks."""
         self.latest = frame
+        if self._waiting_s is None:
+            self._waiting_s = time.monotonic()
         if self.queue.put(frame):
             self._on_ready(self.queue)
 
@@ -233,8 +246,11 @@ class Session:
         """What one model's output for one view of a frame tells."""
         result = self.analytics[name].update(view, output, frame, warmup)
         for record in result.scores:
-            self._top = (record["label"], record["score"])
-            self._warmup = record["warmup"]
+            if "objects" in record or "track_id" in record:
+                self._found.append(record)
+            else:
+                self._top = (record["label"], record["score"])
+                self._warmup = record["warmup"]
         return result
 
     def clip_skipped(self, name: str) -> None:
@@ -246,6 +262,9 @@ class Session:
     def done(self, waiting: Waiting) -> None:
         """The frame went through all models."""
         self._last = waiting.frame
+        self._looked = (waiting.frame, tuple(self._found))
+        self._found = []
+        self._waiting_s = None
         self.queue.done()
 
     def fail(self, code: str, message: str) -> None:
@@ -262,6 +281,18 @@ class Session:
     def failed(self) -> bool:
         """True when the session itself failed (a source that fails tries again)."""
         return self.frozen and self._state == "FAILED"
+
+    def picture(self) -> tuple[Frame, Sequence[Record]] | None:
+        """The newest frame to show, and what was found on it; None when there is none.
+
+        Where objects are looked for, it is the newest whose objects are known. When no frame goes through the models
+        for a while the picture goes on without.
+        """
+        latest, waiting_s = self.latest, self._waiting_s
+        blind = waiting_s is not None and time.monotonic() - waiting_s > BLIND_S
+        if latest is None or blind or not self._detects:
+            return None if latest is None else (latest, ())
+        return self._looked
 
     # ---- state that travels
 

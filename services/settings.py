@@ -79,7 +79,10 @@ class EngineSettings(Section):
     threads: int = Field(1, gt=0, description="CPU threads of one model step")
     device: str = Field("auto", description="auto, cpu or cuda")
     slots: int = Field(64, gt=0, description="streams one replica can hold")
-    max_batch: int = Field(16, gt=0, description="frames in one step")
+    object_slots: int = Field(
+        32, ge=0, description="tracked objects that one replica can recognise beside the streams, per recogniser"
+    )
+    max_batch: int = Field(16, gt=0, description="frames, or crops of tracked objects, in one step")
     max_wait_ms: float = Field(4.0, ge=0, description="longest a ready frame waits for company")
     max_frame_age_s: float = Field(
         1.0, gt=0, description="older camera frames are dropped before work is spent on them"

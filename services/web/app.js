@@ -1,6 +1,8 @@
 // The page: live tiles, their scores and events. Talks to /v1 with relative addresses, so any path prefix works.
 // Names, labels and messages come from outside: they enter the page through textContent alone.
 
+import { Picture, trackColour, trackNumber } from "./picture.js";
+
 const STRIP_MS = 60_000; // length of the score strip
 const LIVE_PICTURES = 4; // MJPEG connections; browsers allow about six per host, the rest is for requests
 const POLL_MS = 1_000; // how often the other visible tiles fetch a picture
@@ -29,13 +31,15 @@ function setHidden(node, hidden) {
 /** What the service said was wrong (problem+json), or that it could not be reached. */
 // one line about a model at work on a stream: how often it has a result, and what one takes
 function describeModel(model) {
+  const what = model.objects_of ? `each object of ${model.objects_of}` : model.region ? `region ${model.region}` : "";
   const often = model.mode === "window"
     ? `sees ${number.format(model.window_s)} s, a result every ${number.format(model.stride_s)} s`
     : "a result for every frame";
   const costMs = model.result_cost_ms;
   const cost = costMs === null ? "" : `, ${costMs.toFixed(costMs < 10 ? 1 : 0)} ms each`;
   const skipped = model.skipped > 0 ? `, ${number.format(model.skipped)} left out` : "";
-  return `${model.name}: ${often}${cost}${skipped}`;
+  const without = model.without_slot > 0 ? `, ${number.format(model.without_slot)} objects without a free slot` : "";
+  return `${model.name}: ${what ? `${what}, ` : ""}${often}${cost}${skipped}${without}`;
 }
 
 class Problem extends Error {
@@ -137,6 +141,9 @@ function serverNow() {
 
 const AWAY = new Set(["RESTARTING", "FAILED", "STOPPED", "STOPPING", "ENDED"]);
 
+/** True for scores of the whole picture or a region, not of one object. */
+const aboutPicture = (record) => record.label !== undefined && record.track_id === undefined;
+
 class Tile {
   constructor(spec) {
     this.id = spec.id;
@@ -144,7 +151,7 @@ class Tile {
     this.away = []; // {from, to} in performance.now(); to null: still away
     this.status = null;
     this.score = null;
-    this.labelAt = new Map(); // label → when it was last on top
+    this.labelAt = new Map(); // label → when it was last on top; track → when it was last seen
     this.newsAt = performance.now();
     this.visible = false;
     this.mode = "none"; // where the picture comes from: none | mjpeg | poll
@@ -155,7 +162,7 @@ class Tile {
     this.root.dataset.stream = this.id;
     const find = (selector) => this.root.querySelector(selector);
     this.parts = {
-      image: find(".live"), notice: find(".notice"), noticeTitle: find(".notice-title"),
+      notice: find(".notice"), objects: find(".objects"), noticeTitle: find(".notice-title"),
       noticeText: find(".notice-text"), noticeHint: find(".notice-hint"), badge: find(".badge"),
       badgeText: find(".badge-text"), feed: find(".feed"), name: find(".name"), idText: find(".id"),
       start: find(".start"), stop: find(".stop"), remove: find(".remove"), swatch: find(".swatch"),
@@ -163,6 +170,8 @@ class Tile {
       barFill: find(".bar span"), canvas: find("canvas"), read: find(".strip-read"),
       runners: [...this.root.querySelectorAll(".runners li")],
     };
+    this.picture = new Picture(find(".live"), find(".found"));
+    this.objectRows = new Map(); // track → its row in the list
     this.figures = Object.fromEntries(
       [...this.root.querySelectorAll("[data-figure]")].map((node) => [node.dataset.figure, node]),
     );
@@ -190,7 +199,8 @@ class Tile {
     setText(this.parts.name, this.name);
     setText(this.parts.idText, spec.name && spec.name !== this.id ? this.id : "");
     this.root.setAttribute("aria-label", `Stream ${this.name}`);
-    this.parts.image.alt = `Live picture of ${this.name}`;
+    this.picture.image.alt = `Live picture of ${this.name}`;
+    this.picture.setPlaces(spec.models ?? []);
     for (const verb of ["start", "stop", "remove"]) {
       const text = `${verb[0].toUpperCase()}${verb.slice(1)} ${this.name}`;
       this.parts[verb].setAttribute("aria-label", text);
@@ -226,9 +236,11 @@ class Tile {
 
   addScore(record) {
     const now = performance.now();
+    this.newsAt = now;
+    for (const object of record.objects ?? []) this.labelAt.set(object.track_id, now);
+    if (!aboutPicture(record)) return; // objects are drawn from the picture itself
     this.labelAt.set(record.label, now);
     this.score = { label: record.label, score: record.score, warmup: record.warmup, topK: record.top_k ?? [], at: now };
-    this.newsAt = now;
     this.samples.push({ at: now, label: record.label, score: record.score, warm: !record.warmup });
     if (this.samples.length > SAMPLES_KEPT) this.forget(now); // nobody draws while the page is hidden
     this.dirty = true;
@@ -244,7 +256,7 @@ class Tile {
     }
     const now = performance.now();
     let last = -Infinity;
-    for (const { label, score, warmup, published_s: published } of data.scores) {
+    for (const { label, score, warmup, published_s: published } of data.scores.filter(aboutPicture)) {
       const at = now - (serverNow() - published) * 1000;
       if (at - last < 190) continue;
       last = at;
@@ -258,39 +270,19 @@ class Tile {
   setMode(mode) {
     if (mode === this.mode) return;
     this.mode = mode;
-    clearTimeout(this.pictureTimer);
     if (mode === "mjpeg") this.openPicture();
-    else this.parts.image.removeAttribute("src"); // ends an open MJPEG at once; the next poll brings a picture
+    else this.picture.clear(); // ends an open MJPEG at once; the next poll brings a picture
   }
 
   openPicture() {
-    const { image } = this.parts;
-    clearTimeout(this.pictureTimer);
-    image.onerror = () => {
-      this.pictureTimer = setTimeout(() => this.reopenPicture(), 2_000);
-    };
-    image.src = streamPath(this.id, `/mjpeg?n=${Tile.pictures++}`);
+    this.picture.open(() => streamPath(this.id, `/mjpeg?n=${Tile.pictures++}`));
   }
 
-  /** Load one picture beside the one that is shown, then show it. */
   async pollPicture() {
     if (this.mode !== "poll" || this.polling || !this.status?.processed || this.state !== "RUNNING") return;
     this.polling = true;
-    const next = new Image();
-    next.className = "live";
-    next.alt = this.parts.image.alt;
-    next.src = streamPath(this.id, `/latest.jpg?n=${Tile.pictures++}`);
-    try {
-      await next.decode();
-      if (this.mode === "poll") {
-        this.parts.image.replaceWith(next);
-        this.parts.image = next;
-      }
-    } catch {
-      // no picture yet: the next poll asks again
-    } finally {
-      this.polling = false;
-    }
+    await this.picture.poll(streamPath(this.id, `/latest.jpg?n=${Tile.pictures++}`));
+    this.polling = false;
   }
 
   reopenPicture() {
@@ -305,8 +297,9 @@ class Tile {
     const status = this.status ?? {};
     const state = this.state;
     const { parts, figures } = this;
-    const pictured = parts.image.naturalWidth > 0 && this.mode !== "none";
-    const [wide, high] = status.source_size ?? [parts.image.naturalWidth, parts.image.naturalHeight];
+    const { image } = this.picture;
+    const pictured = this.picture.shown && this.mode !== "none";
+    const [wide, high] = status.source_size ?? [image.naturalWidth, image.naturalHeight];
     this.root.classList.toggle("square", !wide || wide < 1.25 * high);
     const retry = (state === "RESTARTING" || state === "FAILED") && status.retry_at
       ? Math.max(0, Math.ceil(status.retry_at - seconds)) : null;
@@ -315,7 +308,8 @@ class Tile {
     const trying = retry === null ? "" : retry > 0 ? ` · next try in ${retry} s` : " · trying now";
     setText(parts.badgeText, state.toLowerCase() + trying);
     this.root.classList.toggle("away", state !== "RUNNING");
-    setHidden(parts.image, !pictured);
+    setHidden(image, !pictured);
+    setHidden(this.picture.drawing, !pictured || state !== "RUNNING");
     const silent = state === "RUNNING" && connection.open && now - this.newsAt > SILENT_MS;
     setHidden(parts.feed, !silent && !(state === "RUNNING" && this.mode === "poll"));
     setText(parts.feed, silent ? `no news for ${Math.round((now - this.newsAt) / 1000)} s` : "1 picture a second");
@@ -346,8 +340,13 @@ class Tile {
     setText(parts.warmup, score?.warmup ? `warming up ${score.warmup}` : "");
 
     const running = state === "RUNNING";
+    this.renderObjects(running);
     setText(figures.fps, running ? `${status.fps.toFixed(1)} fps` : "–");
     const models = status.models ?? [];
+    // a stream with detectors alone has no label and no strip
+    this.root.classList.toggle("objects-only", models.length > 0 && !models.some(
+      (model) => model.task === "recognition" && !model.objects_of,
+    ));
     const strides = models.map((model) => model.stride_s);
     const windowed = models.length > 0 && strides.every((stride) => stride); // else there is a result for every frame
     const rate = windowed ? `every ${number.format(Math.min(...strides))} s` : `${(status.processed_fps ?? 0).toFixed(1)} fps`;
@@ -374,6 +373,38 @@ class Tile {
     setText(figures.worker, status.worker ?? "–");
     figures.worker.title = status.worker ?? "";
     this.dirty = false;
+  }
+
+  /** The list of objects in view: those of the picture that is shown, in the order of their numbers. */
+  renderObjects(running) {
+    const { objects: list } = this.parts;
+    const looking = (this.status?.models ?? []).some((model) => model.task === "detection");
+    setHidden(list, !looking);
+    const seen = new Map((running ? this.picture.objects : []).map((object) => [object.track_id, object]));
+    for (const [track, row] of this.objectRows) {
+      if (seen.has(track)) continue;
+      row.remove();
+      this.objectRows.delete(track);
+    }
+    for (const [track, object] of seen) {
+      let row = this.objectRows.get(track);
+      if (!row) {
+        row = el("object-template").content.firstElementChild.cloneNode(true);
+        row.dataset.track = track;
+        row.querySelector(".swatch").style.background = trackColour(track);
+        setText(row.querySelector(".object-number"), trackNumber(track));
+        this.objectRows.set(track, row);
+        const order = Number(track.slice(track.lastIndexOf(":") + 1));
+        const after = [...list.children].find((one) => Number(one.dataset.track.split(":").at(-1)) > order);
+        list.insertBefore(row, after ?? null);
+      }
+      setText(row.querySelector(".object-label"), object.label);
+      setText(row.querySelector(".object-score"), percent(object.score));
+      setText(row.querySelector(".object-note"), [
+        ...object.actions.map((action) => action.label),
+        ...object.zones.map((zone) => `in ${zone}${object.loitering.includes(zone) ? ", for long" : ""}`),
+      ].join(" · "));
+    }
   }
 
   renderNotice(state, status, pictured) {
@@ -464,7 +495,6 @@ class Tile {
 
   close() {
     this.setMode("none");
-    clearTimeout(this.pictureTimer);
     this.root.remove();
   }
 }
@@ -590,7 +620,7 @@ function toast(text) {
 
 // ---------------------------------------------------------------- events
 
-const rows = new Map(); // action id, or event id of a change of state → row
+const rows = new Map(); // action or track id, or event id of a change of state → row
 let clearedAt = 0; // by the service's clock: what was published before was cleared away
 
 const filters = {
@@ -636,12 +666,15 @@ function formatTime(seconds) {
 
 /** One line of the list: an action from its beginning to its end, or a change of a stream's state. */
 class EventRow {
-  constructor(stream, label) {
+  constructor(stream, label, seenAs = label) {
     this.stream = stream;
     this.label = label;
+    this.seenAs = seenAs; // what the feed tells of while it goes on: a label, or a track
     this.phase = "";
     this.sequence = 0;
     this.order = 0; // when it began, by the service's clock
+    this.notes = []; // lines that an object went over
+    this.zones = []; // zones that it is in
     this.root = el("event-template").content.firstElementChild.cloneNode(true);
     this.button = this.root.querySelector(".event");
     const names = ["label", "score", "stream", "phase", "time"];
@@ -652,9 +685,13 @@ class EventRow {
 
   showAction(data, published) {
     this.phase = data.type;
-    setText(this.parts.label, this.label);
     setText(this.parts.score, percent(data.top_score ?? data.score));
-    this.root.querySelector(".swatch").style.background = cssColour(this.label);
+    const track = data.track_id;
+    const colour = track ? trackColour(track) : cssColour(this.label);
+    this.root.querySelector(".swatch").style.background = colour;
+    setText(this.parts.label, track ? `${data.label} ${trackNumber(track)}` : this.label);
+    for (const { line, direction } of data.crossings ?? []) this.notes.push(`over ${line} (${direction})`);
+    this.zones = data.current_zones ?? [];
     this.setTime(data.start_time);
     this.length = (data.end_time ?? data.frame_time) - data.start_time;
     this.at = performance.now() - Math.max(0, serverNow() - published) * 1000;
@@ -681,12 +718,14 @@ class EventRow {
   tick(now) {
     if (this.phase === "state" || this.phase === "") return;
     const tile = tiles.get(this.stream);
-    const quiet = now - Math.max(this.at, tile?.labelAt.get(this.label) ?? 0) > END_LOST_MS;
+    const quiet = now - Math.max(this.at, tile?.labelAt.get(this.seenAs) ?? 0) > END_LOST_MS;
     const live = this.phase !== "end" && !this.cut && !quiet && connection.open && tile?.state === "RUNNING";
     if (!live) this.cut = true;
     this.button.classList.toggle("live", live);
-    setText(this.parts.phase, live ? `for ${Math.floor(this.length + (now - this.at) / 1000)} s`
-      : this.phase === "end" ? `${this.length.toFixed(1)} s` : "end not seen");
+    const length = live ? `for ${Math.floor(this.length + (now - this.at) / 1000)} s`
+      : this.phase === "end" ? `${this.length.toFixed(1)} s` : "end not seen";
+    const where = live ? this.zones.map((zone) => `in ${zone}`) : [];
+    setText(this.parts.phase, [length, ...where, ...this.notes].join(" · "));
   }
 
   show() {
@@ -702,7 +741,8 @@ function addEvent(event) {
   const key = action ? event.subject : event.id;
   const known = rows.get(key);
   if (known && event.sequence <= known.sequence) return; // delivery is at least once
-  const row = known ?? new EventRow(data.stream_id, action ? data.label : null);
+  const object = event.type.includes(".detection.");
+  const row = known ?? new EventRow(data.stream_id, action ? data.label : null, object ? data.track_id : data.label);
   row.sequence = event.sequence;
   if (action) row.showAction(data, event.published_s);
   else row.showState(data, Date.parse(event.time) / 1000);

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines.simulator import start_simulator
 from services.engine import Engine
 from services.manager import served_models
-from services.schemas import Lease, SourceSpec, StreamModel, StreamSpec
+from services.schemas import Lease, SourceSpec, StreamSpec
 from services.settings import EngineSettings, ModelSettings, ModelsSettings, Settings, StoreSettings
 from services.store import MemoryStore
+from services.stream_models import StreamModel
 from tsm_core.checkpoints import save_model
 from tsm_core.model import build
 from tsm_core.recipes import find_recipe

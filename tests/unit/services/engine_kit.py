@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -13,6 +13,7 @@ import torch
 from pipelines.sources import SourceConfig, SourceCounters, SourceState
 from services.engine import Engine
 from services.schemas import Lease, SourceSpec, StreamSpec
+from services.served import Model
 from services.settings import EngineSettings, ModelSettings, Settings
 from services.store import StateStore
 from tsm_core.model import TSM, WindowTSM, build
@@ -80,9 +81,9 @@ class HandSource:
     def tell(self, state: SourceState) -> None:
         self._on_state(state)
 
-    def feed(self, image: torch.Tensor, time_s: float | None = None) -> Frame:
+    def feed(self, image: torch.Tensor, time_s: float | None = None, source_size: tuple[int, int] = (64, 48)) -> Frame:
         at_s = time.time() if time_s is None else time_s
-        frame = Frame(self.config.stream_id, self.number, image, at_s, at_s, (64, 48))
+        frame = Frame(self.config.stream_id, self.number, image, at_s, at_s, source_size)
         self.number += 1
         self.counters.received += 1
         self._on_frame(frame)
@@ -115,10 +116,12 @@ def running(
     name: str = "r1",
     model: TSM | WindowTSM | None = None,
     using: Settings | None = None,
+    more: Mapping[str, Model] | None = None,
 ) -> Iterator[tuple[Engine, Cameras]]:
     """An engine at work, stopped at the end."""
     cameras = Cameras()
-    engine = Engine(using or settings(), store, name, {MODEL: model or small_model()}, open_source=cameras.open)
+    models = {MODEL: model or small_model(), **(more or {})}
+    engine = Engine(using or settings(), store, name, models, open_source=cameras.open)
     engine.start()
     try:
         yield engine, cameras

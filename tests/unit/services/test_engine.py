@@ -8,9 +8,10 @@ import torch
 
 from pipelines.sources import SourceState
 from services.engine import Engine, EngineUnhealthy, StepLock
-from services.schemas import Lease, StreamModel
+from services.schemas import Lease
 from services.settings import ModelSettings
 from services.store import MemoryStore, StoreDown
+from services.stream_models import StreamModel
 from tests.unit.services.engine_kit import (
     MODEL,
     Cameras,

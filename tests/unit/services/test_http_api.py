@@ -17,6 +17,7 @@ from services.manager import StreamManager
 from services.schemas import ReplicaInfo, SourceSpec, StreamSpec, StreamStatus, cloud_event, state_event
 from services.settings import Settings, SourceSettings, StoreSettings
 from services.store import MemoryStore
+from services.stream_models import StreamModel
 from tests.unit.services.http_kit import CANARY, MODELS, serving
 from tsm_core.types import ActionEvent
 
@@ -126,16 +127,7 @@ def test_a_change_is_checked_like_a_new_stream(client: httpx.Client, changes: di
 def test_stream_goes_through_its_life(client: httpx.Client):
     view = add(client)
     assert view["status"]["state"] == "STARTING"
-    assert view["models"] == [
-        {
-            "name": "motion9",
-            "threshold": None,
-            "off_threshold": None,
-            "window_s": None,
-            "stride_s": None,
-            "smoother": None,
-        }
-    ]
+    assert view["models"] == [StreamModel(name="motion9").model_dump(mode="json")]
     assert view["source"]["decoder"] == "pyav"  # a password stays off command lines
     assert view["source"]["password"] == "**********"
     assert [one["id"] for one in client.get("/v1/streams").json()["streams"]] == ["door-1"]

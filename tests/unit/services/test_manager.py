@@ -1,5 +1,6 @@
 """Policy and verbs of the StreamManager over a memory store."""
 
+import re
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pipelines.faults import BadSource
 from services.manager import (
     ModelOptionError,
     NoCapacity,
+    ServedModel,
     SourceNotAllowed,
     SourceNotFound,
     SourceUnreachable,
@@ -16,10 +18,13 @@ from services.manager import (
     describe,
     served_models,
 )
-from services.schemas import ReplicaInfo, SourceSpec, StreamModel, StreamSpec, StreamStatus
+from services.schemas import ReplicaInfo, SourceSpec, StreamSpec, StreamStatus
 from services.settings import EngineSettings, ModelSettings, Settings, SourceSettings, StoreSettings
 from services.store import MemoryStore, StreamExists, StreamNotFound
+from services.stream_models import StreamModel
 from tests.unit.services.http_kit import CANARY, MODELS
+from tsm_core.detector_recipes import DETECTOR_RECIPES
+from tsm_core.errors import CallerError
 from tsm_core.postprocess import SmootherMismatch
 from tsm_core.recipes import find_recipe
 from tsm_core.zoo import UnknownModel
@@ -122,6 +127,50 @@ def test_options_that_a_model_does_not_have_are_refused():
         assert refused.value.reason == "model_option"
     with pytest.raises(SmootherMismatch, match="Jester's labels"):
         manager.create(camera("a", models=(StreamModel(name="motion9", smoother="gesture"),)), check=False)
+
+
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        ([{"name": "eyes", "smoother": "exponential"}], "smoother of model 'eyes' mean nothing: it is a detector"),
+        ([{"name": "eyes", "where": {"region": "r", "box": [0, 0, 1, 1]}}], "where of model 'eyes'"),
+        ([{"name": "motion9", "labels": ["left"]}], "labels of model 'motion9' mean nothing: it is a recogniser"),
+        ([{"name": "eyes", "labels": ["cat", "unicorn"]}], "'eyes' has no label unicorn; its labels are cat, dog"),
+        ([{"name": "eyes", "filters": {"cow": {}}}], "has no label cow"),
+        ([{"name": "eyes", "lines": [{"name": "l", "a": [0, 0], "b": [1, 1], "objects": ["cow"]}]}], "no label cow"),
+        ([{"name": "motion9", "where": {"objects_of": "eyes", "labels": ["cow"]}}, {"name": "eyes"}], "no label cow"),
+        ([{"name": "eyes", "threshold": 0.01}], "threshold is 0.01"),
+    ],
+)
+def test_options_of_the_other_kind_of_model_are_refused(models: list[dict[str, object]], says: str):
+    store = MemoryStore(StoreSettings())
+    eyes = ServedModel(name="eyes", task="detection", labels=("cat", "dog"), mode="step", input_px=320)
+    manager = StreamManager(store, Settings(), models=(*MODELS, eyes))
+    with pytest.raises(CallerError, match=re.escape(says)):
+        manager.create(camera("a", models=tuple(map(StreamModel.model_validate, models))), check=False)
+    fine = [
+        {"name": "motion9", "where": {"objects_of": "eyes", "labels": ["cat"]}},
+        {"name": "eyes", "labels": ["cat"]},
+    ]
+    manager.create(camera("b", models=tuple(map(StreamModel.model_validate, fine))), check=False)
+
+
+def test_objects_are_a_detectors():
+    other = ServedModel(name="ears", labels=("hum",), mode="step", input_px=64)
+    manager = StreamManager(MemoryStore(StoreSettings()), Settings(), models=(*MODELS, other))
+    models = (
+        StreamModel.model_validate({"name": "motion9", "where": {"objects_of": "ears"}}),
+        StreamModel(name="ears"),
+    )
+    with pytest.raises(ModelOptionError, match="'ears', which is a recogniser"):
+        manager.create(camera("a", models=tuple(map(StreamModel.model_validate, models))), check=False)
+
+
+def test_a_detector_says_what_it_is_and_whether_it_sees_the_past():
+    shown = describe("eyes", DETECTOR_RECIPES["ssdlite320_mobilenet_v3_large"])
+    assert (shown.task, shown.mode, shown.shift, shown.input_px) == ("detection", "step", "none", 320)
+    assert "person" in shown.labels
+    assert describe("shapes", DETECTOR_RECIPES["moving_shapes_tsm"]).shift == "uni"
 
 
 def test_a_model_says_how_it_is_served_and_what_a_result_costs():

@@ -5,7 +5,8 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from services.schemas import SourceSpec, StreamModel, StreamSpec, cloud_event, score_record, state_event
+from services.schemas import SourceSpec, StreamSpec, cloud_event, score_record, state_event
+from services.stream_models import StreamModel
 from tsm_core.types import ActionEvent, Scores
 
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from pipelines.sources import SourceState
-from services.schemas import Lease, StreamModel, StreamStatus
+from services.schemas import Lease, StreamStatus
 from services.served import ServedRecogniser
 from services.session import Session
 from services.snapshots import SnapshotError, decode_snapshot, encode_snapshot, sha256
+from services.stream_models import StreamModel
 from tests.unit.services.engine_kit import MODEL, HandSource, picture, settings, small_model, spec
 from tsm_core.arena import ArenaFull
 from tsm_core.types import Frame

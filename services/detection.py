@@ -1,0 +1,126 @@
+"""A detector on a stream: the objects it finds, followed over time, in zones and over lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from typing_extensions import override
+
+from pipelines.objects import ObjectAnalytics
+from services.analytics import Analytics, Look, Record, Result, View
+from services.schemas import ModelStatus, object_event, objects_record
+from services.served import ServedDetector
+from services.snapshots import ModelState, SnapshotError
+from services.stream_models import StreamModel
+from tsm_core.boxes import Boxes, detections_of, letterbox_of
+from tsm_core.types import Detection, Frame, ObjectEvent, Track
+
+
+class ObjectDetection(Analytics[Boxes]):
+    """One detector on one stream: its slot, and the objects that it follows.
+
+    ids begins the ids of its tracks, which must differ between the detectors of a stream.
+    """
+
+    def __init__(
+        self, served: ServedDetector, stream_id: str, options: StreamModel, max_gap_s: float, ids: str | None = None
+    ) -> None:
+        """Allocate the slot. Raises ArenaFull."""
+        super().__init__(served, stream_id, options, max_gap_s)
+        self.objects = ObjectAnalytics(ids or stream_id, served.name, options.object_rules())
+        self.shown: Sequence[Track] = ()  # those with a box on the newest frame
+        self._alive: dict[str, Track] = {}
+        self.slot = served.allocate()
+
+    @property
+    def tracks(self) -> Sequence[Track]:
+        """Objects that were told and are not gone, seen on the newest frame or not."""
+        return tuple(self._alive.values())
+
+    @override
+    def follow(self, frame: Frame) -> Look:
+        ended: list[Record] = []
+        if self.passed_gap(frame):
+            self.free()
+            self.slot = self.served.allocate()
+            ended = self.close()
+        return Look([View(frame.image, self.slot)], ended)
+
+    @override
+    def update(self, view: View, output: Boxes, frame: Frame, warmup: tuple[int, int] | None = None) -> Result:
+        self.results += 1
+        at = frame.number, frame.pts_s, frame.time_s, frame.source_size
+        self.shown, events = self.objects.update(self._detections(output, frame), *at)
+        self._alive.update((track.track_id, track) for track in self.shown)
+        record = objects_record(self.stream_id, self.served.name, *at, self.shown)
+        return Result([record], self._told(events))
+
+    @override
+    def holds(self, view: View) -> bool:
+        return view.slot == self.slot
+
+    @override
+    def export(self) -> Sequence[ModelState]:
+        arena = self.served.arena
+        memory = {"objects": self.objects.state(), "alive": [asdict(track) for track in self.tracks]}
+        state = ModelState(
+            self.served.name, self.served.schema, arena.steps(self.slot), arena.export(self.slot), memory
+        )
+        return [state]
+
+    @override
+    def restore(self, saved: Sequence[ModelState], time_s: float) -> None:
+        (state,) = saved
+        if state.schema != self.served.schema:
+            raise SnapshotError(f"saved state is of {state.schema}, this replica serves {self.served.schema}")
+        self.served.arena.restore(self.slot, state.state, state.steps)
+        self.objects.restore(state.memory["objects"])
+        self._alive = {track.track_id: track for track in map(_track_of, state.memory["alive"])}
+        self.last_time_s = time_s
+
+    @override
+    def close(self) -> list[Record]:
+        self.shown = ()
+        return self._told(self.objects.close())
+
+    @override
+    def free(self) -> None:
+        self.served.free(self.slot)
+
+    @override
+    def status(self) -> ModelStatus:
+        objects = Counter(track.label for track in self.shown)
+        return super().status().model_copy(update={"objects": dict(objects)})
+
+    def _told(self, events: Sequence[ObjectEvent]) -> list[Record]:
+        for event in events:
+            if event.phase == "end":
+                self._alive.pop(event.track_id, None)
+        return [object_event(replace(event, stream_id=self.stream_id)) for event in events]
+
+    def _detections(self, boxes: Boxes, frame: Frame) -> list[Detection]:
+        """What was found, in source pixels."""
+        _, height, width = frame.image.shape
+        found = detections_of(
+            boxes,
+            self.served.recipe.labels,
+            letterbox_of((width, height), self.served.model.input_size),
+            (width, height),
+        )
+        if frame.source_size == (width, height):
+            return found
+        across, down = frame.to_source
+        return [
+            replace(one, xyxy=(one.xyxy[0] * across, one.xyxy[1] * down, one.xyxy[2] * across, one.xyxy[3] * down))
+            for one in found
+        ]
+
+
+def _track_of(values: dict[str, Any]) -> Track:
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return Track(**fields)
