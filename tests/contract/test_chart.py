@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -98,7 +99,26 @@ MATRIX: dict[str, dict[str, Any]] = {
     "training on CPUs": {"training": {"enabled": True, "gpus": 0, "tolerations": []}},
     "a long name": {"fullnameOverride": "the-video-analytics-of-the-northern-campus-and-more"},
 }
+PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
+FILE = yaml.safe_load(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
 Document = dict[str, Any]
+
+
+def typed(line: str) -> dict[str, Any]:
+    """The values of a `helm install` or `helm upgrade` line."""
+    values: dict[str, Any] = copy.deepcopy(FILE) if "-f gpu.yaml" in line else {}
+    for path, text in re.findall(r"--set ([\w.]+)=(\S+)", line):
+        *above, last = path.split(".")
+        place = values
+        for key in above:
+            place = place.setdefault(key, {})
+        place[last] = text if last in ("strategy", "tag", "recipe", "name") else yaml.safe_load(text)
+    return values
+
+
+MATRIX |= {
+    line: typed(line) for line in re.findall(r"^helm (?:install|upgrade) .*helm/tsm-live .*$", PAGE, re.MULTILINE)
+}
 
 
 def render(*cases: tuple[Path, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -257,6 +277,7 @@ def test_what_refers_to_something_finds_it(rendered, name: str):
             assert spec["minAvailable"] < max(1, least)
             assert any(selects(spec["selector"], each) for each in labels)
     secrets = {one["metadata"]["name"] for one in found if one["kind"] == "Secret"} | {"its-password"}
+    secrets.add(MATRIX[name].get("externalRedis", {}).get("existingSecret"))
     text = json.dumps(found)
     for reference in re.findall(r'"secretKeyRef": \{[^}]*\}', text):
         assert json.loads("{" + reference + "}")["secretKeyRef"]["name"] in secrets
@@ -291,7 +312,7 @@ def test_ray_serve_reads_the_deployment(rendered, monkeypatch, name: str):
             monkeypatch.setenv(variable, value.replace("$(STORE_PASSWORD)", "secret"))
     settings = load_settings(data=app.args)
     wanted = MATRIX[name].get("config", {}).get("engine", {})
-    assert settings.engine.replicas == 2
+    assert settings.engine.replicas == wanted.get("replicas", 2)
     assert settings.engine.num_gpus == wanted.get("num_gpus", 0)
     assert settings.engine.slots == wanted.get("slots", 64)
     assert deploy.http_options.port == 8000
@@ -387,6 +408,11 @@ def test_the_training_command_parses(rendered, name: str):
     assert (given.workers, str(int(given.gpus))) == (group["replicas"], group["rayStartParams"]["num-gpus"])
     volumes = {volume["name"] for volume in group["template"]["spec"]["volumes"]}
     assert ("work" in volumes) == (name != "training to a bucket")
+
+
+def test_the_page_has_commands():
+    assert len(MATRIX) >= 27
+    assert {"helm install", "helm upgrade"} <= {" ".join(name.split()[:2]) for name in MATRIX}
 
 
 def test_versions_are_the_projects():
