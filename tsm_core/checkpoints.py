@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,28 +117,59 @@ def _network_of(recipe: Recipe | DetectorRecipe) -> str:
     return recipe.architecture if isinstance(recipe, DetectorRecipe) else recipe.backbone
 
 
-def import_checkpoint(path: Path | str, recipe: Recipe) -> TSM:
+@overload
+def import_checkpoint(path: Path | str, recipe: Recipe) -> TSM: ...
+@overload
+def import_checkpoint(path: Path | str, recipe: DetectorRecipe) -> TSMDetector: ...
+def import_checkpoint(path: Path | str, recipe: Recipe | DetectorRecipe) -> TSM | TSMDetector:
     """The recipe's model with the weights of another project's file, in eval mode.
 
     Reads files of MMAction2 0.x and 1.x, mit-han-lab, its online demo, and torchvision's names, pickled or safetensors;
     the names tell which. Every weight of the file is used and every weight of the model is filled, or ModelFileError
-    says how file and recipe differ. Norms are applied as in eval mode.
+    says how file and recipe differ. Norms are applied as in eval mode. A detector's file is torchvision's.
     """
     file = Path(path)
     foreign = _read_foreign(file)
     if foreign.own:
         raise ModelFileError(f"{path} is a model of this project already; load it as it is", reason="already_imported")
+    if isinstance(recipe, DetectorRecipe):
+        return _import_detector(file, foreign.tensors, recipe)
     found = translate(foreign.tensors)
     model = build(recipe)
     _check_network(file, foreign, found, recipe)
     _check_shifts(file, found, model)
     _fill(file, model, found, set(model.net.state_dict()))
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    model.source = {"file": file.name, "sha256": digest, "layout": found.layout}
+    model.source = _source_of(file, found.layout)
     if note := _label_order(found, recipe):
         model.source["note"] = note
     return model.to(memory_format=torch.channels_last).eval()
+
+
+def _import_detector(file: Path, tensors: dict[str, Tensor], recipe: DetectorRecipe) -> TSMDetector:
+    model = build_detector(recipe)
+    expected = model.net.state_dict()
+    shared = {key: value for key, value in tensors.items() if key in expected}
+    told = [_differences({key: expected[key] for key in shared}, shared)]
+    if not told[0]:
+        _check_finite(file, tensors, {})
+        # torchvision renames the keys of its older files as it loads them
+        left = model.net.load_state_dict(tensors, strict=False)
+        lists = {"missing ": left.missing_keys, "unknown ": left.unexpected_keys}
+        told = [f"{what}{_some(which)}" for what, which in lists.items() if which]
+    if told:
+        raise ModelFileError(f"{file} does not fit {recipe.name} ({recipe.architecture}): {'; '.join(told)}")
+    model.source = _source_of(file, "torchvision")
+    if recipe.shift != "none":
+        model.source["note"] = (
+            f"{recipe.name} shifts, and the file does not say whether it was trained so; torchvision's were not"
+        )
+    return model.to(memory_format=torch.channels_last).eval()
+
+
+def _source_of(file: Path, layout: str) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"file": file.name, "sha256": digest, "layout": layout}
 
 
 def load_backbone(model: TSM | WindowTSM, path: Path | str) -> None:
@@ -295,13 +326,17 @@ def _fill(file: Path, model: TSM, found: Translated, wanted: set[str]) -> None:
     tensors = {**counters, **found.tensors}  # old files do not count batches, and nothing here asks
     if wrong := _differences(expected, tensors, found.old_names):
         raise ModelFileError(f"{file} does not fit {model.recipe.name} ({model.recipe.backbone}): {wrong}")
+    _check_finite(file, tensors, found.old_names)
+    model.net.load_state_dict(tensors, strict=False)
+
+
+def _check_finite(file: Path, tensors: Mapping[str, Tensor], old_names: Mapping[str, str]) -> None:
     odd = {key: int((~value.isfinite()).sum()) for key, value in tensors.items() if value.is_floating_point()}
-    if bad := [f"{found.old_names[key]} ({count} of {tensors[key].numel()})" for key, count in odd.items() if count]:
+    if bad := [f"{old_names.get(key, key)} ({count} of {tensors[key].numel()})" for key, count in odd.items() if count]:
         raise ModelFileError(
             f"{file} holds values that are not finite in {_some(bad)}: training diverged or the file is damaged",
             reason="not_finite",
         )
-    model.net.load_state_dict(tensors, strict=False)
 
 
 def _differences(

@@ -197,7 +197,7 @@ class FasterFamily(Family):
         features = {name: level.float() for name, level in dense.features.items()}
         pooled = heads.box_roi_pool(features, proposals, [self.size] * len(dense))
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
-        return logits, deltas.view(len(logits), -1, 4)
+        return logits, deltas.view(*logits.shape, 4)
 
     def _refined(self, net: Any, proposals: Tensor, deltas: Tensor, rows: Tensor, outputs: Tensor) -> Tensor:
         boxes: Tensor = net.roi_heads.box_coder.decode_single(deltas[rows, outputs], proposals[rows])

@@ -56,6 +56,11 @@ def fill(network: nn.Module, seed: int = 0) -> None:
 
 
 @pytest.fixture(scope="session")
+def filled() -> Callable[..., None]:
+    return fill
+
+
+@pytest.fixture(scope="session")
 def model_of() -> Callable[..., TSM]:
     """Filled models in eval mode, one of each kind per session."""
     made: dict[tuple[object, ...], TSM] = {}
