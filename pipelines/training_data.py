@@ -7,7 +7,9 @@ comes out of any number of workers and loaders, and of one that was interrupted.
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -29,6 +31,7 @@ from tsm_core.recipes import CLIPS, Recipe, Views
 
 REPLACEMENTS = 20  # videos tried in place of one that cannot be read
 AUGMENTERS = 32  # some draws are made once per augmenter, as the originals make them once per loading process
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 Augment = Callable[[Tensor, int, np.random.Generator], tuple[Tensor, int]]  # frames, label -> pixels, label
 
@@ -344,13 +347,22 @@ def collate(found: Sequence[_Item | TSMError]) -> Batch:
 
 
 def let_pass(_: int) -> None:
-    """In a process that reads ahead: the first SIGTERM or SIGINT changes nothing, the next one has its usual effect.
+    """In a process that reads ahead: the first SIGTERM or SIGINT that is not its parent's changes nothing.
 
     A terminal, a container and `ray job stop` send them to all processes at once, and a training that is to end in
     order still needs what is read for it.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+    def wait() -> None:
+        passed = False
+        while True:
+            told = signal.sigwaitinfo(STOPS)
+            if passed or told.si_pid == os.getppid():
+                os._exit(0)
+            passed = True
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def load_batches(clips: AugmentedClips, places: Iterator[list[Place]], loaders: int, *, pin: bool) -> Iterator[Batch]:

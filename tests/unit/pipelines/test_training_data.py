@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -176,6 +178,18 @@ def test_batches_are_the_same_from_any_number_of_loaders(loaders):
     assert first.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
     alone = [clips[place] for place in Order(10, 4).step(0, 0)[0]]
     assert torch.equal(first, torch.stack([item.pixels for item in alone]))
+
+
+def test_a_reader_lets_a_signal_to_all_pass_and_heeds_its_parent():
+    others = {each.pid for each in psutil.Process().children()}
+    batches = load_batches(clips_of(Moving(10, 4)), Order(10, 4).micro_batches(1000), 1, pin=False)
+    next(batches)
+    (reader,) = [each for each in psutil.Process().children() if each.pid not in others]
+    subprocess.run(["kill", "-INT", str(reader.pid)], check=True)
+    for _ in range(10):
+        assert len(next(batches).labels)
+    reader.terminate()
+    assert not psutil.wait_procs([reader], timeout=20)[1]
 
 
 def test_draws_belong_to_the_clip_not_to_their_order():
