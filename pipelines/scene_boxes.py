@@ -6,21 +6,17 @@ side comes in on the other as another object, and so does the small copy that re
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.box_data import UNKNOWN, BoxVideo, Objects, clean
-from pipelines.box_metrics import Found
-from pipelines.box_scoring import Judged, VideoPrecision
+from pipelines.box_data import BoxVideo, Objects, clean
 from pipelines.camera import burn_frame_number, viewed_pictures
 from pipelines.datasets import Part
 from pipelines.scenes import KINDS, Pose, Scene
-from tsm_core.types import Detection
 
 FRAMES = 32  # of a film: a little over two seconds
 FILMS: dict[Part, int] = {"train": 1200, "val": 24}
@@ -109,26 +105,3 @@ def objects_of(scene: Scene, frames: int, scale: float = 1.0) -> tuple[Objects, 
         )
         found.append(objects)
     return tuple(found)
-
-
-def detection_ap50(cameras: Iterable[tuple[Scene, Mapping[int, Sequence[Detection]]]]) -> float | None:
-    """ImageNet VID's AP50 of what was told of each camera's frames, by number; None where nothing was to be found.
-
-    Frames that are not among them do not count. Boxes are in pixels of the scene.
-    """
-    precision = VideoPrecision(len(KINDS))
-    for scene, told in cameras:
-        numbers = sorted(told)
-        truth = objects_of(scene, numbers[-1] + 1) if numbers else ()
-        found = [_found(told[number]) for number in numbers]
-        precision.add(Judged(f"scene {scene.seed}", [truth[number] for number in numbers], found))
-    mean = precision.mean()
-    return None if math.isnan(mean) else mean
-
-
-def _found(detections: Sequence[Detection]) -> Found:
-    return Found(
-        np.array([each.xyxy for each in detections], np.float32).reshape(-1, 4),
-        np.array([each.score for each in detections], np.float32),
-        np.array([KINDS.index(each.label) if each.label in KINDS else UNKNOWN for each in detections], np.int64),
-    )

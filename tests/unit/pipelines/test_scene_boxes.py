@@ -20,12 +20,10 @@ from pipelines.scene_boxes import (
     LEAST_VISIBLE,
     SENT_PX,
     SceneBoxes,
-    detection_ap50,
     objects_of,
 )
 from pipelines.scenes import KINDS, LABELS, Scene
 from tsm_core.detector_recipes import DETECTOR_RECIPES
-from tsm_core.types import Detection
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -102,47 +100,6 @@ def test_what_comes_in_is_not_what_went_out():
     assert rounds >= 1
     assert len(set.union(*tracks)) >= rounds
     assert scene.look.kind in KINDS
-
-
-def _told(scene: Scene, numbers: list[int], visible: float = LEAST_VISIBLE) -> dict[int, list[Detection]]:
-    truth = objects_of(scene, numbers[-1] + 1)
-    return {
-        number: [
-            Detection(KINDS[label], 0.9, tuple(box))
-            for box, label, seen in zip(
-                truth[number].boxes.tolist(), truth[number].labels.tolist(), truth[number].visible, strict=True
-            )
-            if seen >= visible
-        ]
-        for number in numbers
-    }
-
-
-def test_who_tells_the_truth_scores_one():
-    scenes = [Scene(seed, 128) for seed in range(3)]
-    told = [_told(scene, list(range(20, 40, 1 + seed))) for seed, scene in enumerate(scenes)]
-    assert detection_ap50(zip(scenes, told, strict=True)) == pytest.approx(1)
-    eager = [_told(scene, list(range(20, 40)), visible=0.0) for scene in scenes]
-    assert detection_ap50(zip(scenes, eager, strict=True)) == pytest.approx(1)  # slivers may be told
-    moved = [{n + 30: found for n, found in frames.items()} for frames in told]
-    assert detection_ap50(zip(scenes, moved, strict=True)) < 0.9
-    wrong = {"ball": "badge", "badge": "planet", "planet": "cat"}
-    misnamed = [
-        {n: [Detection(wrong[d.label], d.score, d.xyxy) for d in found] for n, found in frames.items()}
-        for frames in told
-    ]
-    assert detection_ap50(zip(scenes, misnamed, strict=True)) == 0
-
-
-def test_half_of_the_truth_scores_half_and_silence_nothing():
-    scene = Scene(1, 128)
-    told = _told(scene, list(range(60)))
-    half = {n: found if n % 2 else [] for n, found in told.items()}
-    right = sum(map(len, half.values())) / sum(map(len, told.values()))
-    assert detection_ap50([(scene, half)]) == pytest.approx(right)
-    assert detection_ap50([(scene, {n: [] for n in range(10)})]) == 0
-    assert detection_ap50([(scene, {})]) is None
-    assert detection_ap50([]) is None
 
 
 def test_the_demos_detector_is_of_this_data_set():
