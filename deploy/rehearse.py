@@ -130,6 +130,7 @@ def mounted(root: Path) -> Iterator[None]:
     for name, there in (("etc/resolv.conf", "etc/resolv.conf"), (CERTIFICATES, TRUSTED)):
         if Path("/", name).exists():
             shutil.copy(Path("/", name), root / there)
+    (root / "etc/hosts").write_text("127.0.0.1 localhost\n")  # as an engine does
     with contextlib.ExitStack() as stack:
         for name in MOUNTS:
             subprocess.run(["mount", "--bind", f"/{name}", str(root / name)], check=True)

@@ -227,6 +227,7 @@ class EmbeddedValkey:
 
     def _client(self, timeout_s: float) -> redis.Redis:
         return redis.Redis(
+            host="127.0.0.1",  # where it binds: not every machine knows localhost
             port=self.port,
             password=self._password,
             protocol=2,
