@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import httpx
 import typer
+import yaml
 from typer.core import TyperGroup
 
 from services.cli_zoo import PASSED_ON, data_app, evaluate, model_folders, models_app, recipes_app, train
@@ -46,6 +47,12 @@ class NothingToChange(CallerError):
     """An update that names no field."""
 
     reason = "nothing_to_change"
+
+
+class BadModelsFile(CallerError):
+    """A description of a stream's models that cannot be used."""
+
+    reason = "bad_models_file"
 
 
 class NotRunning(WorldError):
@@ -90,6 +97,10 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="tsm.yaml to r
 UriOption = Annotated[str, typer.Option("--uri", help="rtsp://, rtsps:// or file:// address")]
 UserOption = Annotated[str | None, typer.Option("--username", help="user name at the camera")]
 PasswordPrompt = Annotated[bool, typer.Option("--password", help="ask for the camera's password")]
+ModelsFile = Annotated[
+    Path | None,
+    typer.Option("--models", help="YAML or JSON file with the list of models: zones, lines and all that the API takes"),
+]
 PasswordStdin = Annotated[bool, typer.Option("--password-stdin", help="read the camera's password from stdin")]
 Transport = Annotated[str, typer.Option("--transport", help="tcp or udp")]
 LOCAL = "http://127.0.0.1:8000"
@@ -192,6 +203,7 @@ def add_stream(
     password: PasswordPrompt = False,
     password_stdin: PasswordStdin = False,
     model: Annotated[list[str] | None, typer.Option("--model", help="default: the service's first model")] = None,
+    models: ModelsFile = None,
     window_s: Annotated[float | None, typer.Option("--window-s", help="window mode: seconds one result sees")] = None,
     stride_s: Annotated[float | None, typer.Option("--stride-s", help="window mode: seconds between results")] = None,
     max_fps: Annotated[float | None, typer.Option(help="recognise at most so many frames a second")] = None,
@@ -211,8 +223,8 @@ def add_stream(
     window = {key: value for key, value in (("window_s", window_s), ("stride_s", stride_s)) if value is not None}
     if window and not model:
         raise NothingToChange("--window-s and --stride-s belong to a model: name it with --model")
-    if model:
-        body["models"] = [{"name": one, **window} for one in model]
+    if chosen := _models(model, models, **window):
+        body["models"] = chosen
     if max_fps is not None:
         body["max_fps"] = max_fps
     began = time.monotonic()
@@ -234,7 +246,7 @@ def list_streams(as_json: Json = False, server: Server = LOCAL) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    rows = [("ID", "STATE", "FPS", "P50 MS", "LABEL", "SOURCE")] + [_row(view) for view in found]
+    rows = [("ID", "STATE", "FPS", "P50 MS", "SEES", "SOURCE")] + [_row(view) for view in found]
     print_table(rows)
 
 
@@ -262,6 +274,7 @@ def update_stream(
     password: PasswordPrompt = False,
     password_stdin: PasswordStdin = False,
     model: Annotated[list[str] | None, typer.Option("--model", help="models from now on")] = None,
+    models: ModelsFile = None,
     max_fps: Annotated[float | None, typer.Option(help="recognise at most so many frames a second")] = None,
     transport: Transport = "tcp",
     no_probe: Annotated[bool, typer.Option("--no-probe", help="take the address even if it does not answer")] = False,
@@ -271,10 +284,10 @@ def update_stream(
     """Change a stream; what is not named stays."""
     changes: dict[str, Any] = {"name": name, "max_fps": max_fps}
     changes["source"] = _source(uri, username, password, password_stdin, transport) if uri is not None else None
-    changes["models"] = [{"name": one} for one in model] if model else None
+    changes["models"] = _models(model, models)
     body = {key: value for key, value in changes.items() if value is not None}
     if not body:
-        raise NothingToChange("nothing to change: name at least one of --name --uri --model --max-fps")
+        raise NothingToChange("nothing to change: name at least one of --name --uri --model --models --max-fps")
     view = _ask(server, "PATCH", _path(stream_id), json=body, params={"probe": str(not no_probe).lower()})
     _show(view, as_json, f"{view['id']}  {view['status']['state']}  {view['source']['uri']}")
 
@@ -375,13 +388,8 @@ def tail_events(
         if as_json:
             typer.echo(json.dumps(event))
         else:
-            data = event["data"]
-            what = (
-                f"{data['label']} {data['score']:.2f}"
-                if "label" in data
-                else f"{data.get('before')} -> {data.get('after')}"
-            )
-            typer.echo(f"{event['time']}  {data['stream_id']:<12} #{event['sequence']:<5} {event['type']:<24} {what}")
+            stream_id = event["data"]["stream_id"]
+            typer.echo(f"{event['time']}  {stream_id:<12} #{event['sequence']:<5} {event['type']:<24} {_what(event)}")
         if number == count:
             return
 
@@ -411,6 +419,32 @@ def _source(uri: str, username: str | None, ask: bool, stdin: bool, transport: s
     elif ask:
         password = getpass.getpass("Password of the camera: ")
     return {"uri": uri, "username": username, "password": password or None, "rtsp_transport": transport}
+
+
+def _models(names: list[str] | None, file: Path | None, **options: float) -> list[Any] | None:
+    """The models of a stream, by name or as a file describes them. Raises BadModelsFile."""
+    if file is None:
+        return [{"name": name, **options} for name in names] if names else None
+    if names:
+        raise BadModelsFile("--model and --models both name the models: use one of them")
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise BadModelsFile(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, list):
+        raise BadModelsFile(f"{file} must hold a list of models, such as `- name: motion9`, got {type(found).__name__}")
+    return found
+
+
+def _what(event: Mapping[str, Any]) -> str:
+    """What an event says, in few words."""
+    data = event["data"]
+    if "label" not in data:
+        return f"{data.get('before')} -> {data.get('after')}"
+    track = f" {data['track_id']}" if "track_id" in data else ""
+    places = [f"in {zone}" for zone in data.get("current_zones", ())]
+    places += [f"over {crossing['line']} ({crossing['direction']})" for crossing in data.get("crossings", ())]
+    return f"{data['label']}{track} {data['score']:.2f} {', '.join(places)}".rstrip()
 
 
 def _path(stream_id: str, rest: str = "") -> str:
@@ -477,7 +511,14 @@ def _events(server: str, stream: str | None, after: int | None) -> Iterator[dict
 def _row(view: Mapping[str, Any]) -> tuple[str, ...]:
     status = view["status"]
     latency = f"{status['latency_ms']['p50']:.0f}" if status["latency_ms"] else "-"
-    return view["id"], status["state"], f"{status['fps']:.1f}", latency, status["label"] or "-", view["source"]["uri"]
+    counts = [
+        f"{count} {label}"
+        for model in status["models"]
+        if model["task"] == "detection"
+        for label, count in model["objects"].items()
+    ]
+    sees = ", ".join(filter(None, [status["label"], *counts])) or "-"
+    return view["id"], status["state"], f"{status['fps']:.1f}", latency, sees, view["source"]["uri"]
 
 
 def _show(view: Mapping[str, Any], as_json: bool, line: str) -> None:

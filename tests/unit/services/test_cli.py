@@ -17,6 +17,7 @@ from services.manager import StreamManager
 from services.schemas import SourceSpec, StreamSpec, StreamStatus, state_event
 from services.settings import Settings, SourceSettings, StoreSettings
 from services.store import MemoryStore
+from services.stream_models import Region
 from tests.unit.services.http_kit import CANARY, MODELS, serving
 
 
@@ -116,6 +117,21 @@ def test_duplicate_is_refused(server: str):
     arguments = ["streams", "add", "--uri", "rtsp://127.0.0.1/x", "--id", "twice", "--no-probe"]
     assert tsm(server, *arguments).exit_code == 0
     assert "(reason: stream_exists)" in tsm(server, *arguments).stderr
+
+
+def test_models_may_come_from_a_file(server: str, manager: StreamManager, tmp_path: Path):
+    file = tmp_path / "models.yaml"
+    file.write_text("- name: motion9\n  where: {region: left, box: [0, 0, 0.5, 1]}\n")
+    add = ["streams", "add", "--uri", "rtsp://127.0.0.1/x", "--id", "m", "--no-probe", "--models", str(file)]
+    assert tsm(server, *add).exit_code == 0
+    (model,) = manager.store.get_stream("m").models
+    assert model.where == Region(region="left", box=(0, 0, 0.5, 1))
+    file.write_text("- name: motion9\n  threshold: 0.7\n")
+    assert tsm(server, "streams", "update", "m", "--models", str(file)).exit_code == 0
+    assert manager.store.get_stream("m").models[0].threshold == 0.7
+    for text, more in (("name: motion9", []), ("- [", []), ("- name: motion9", ["--model", "motion9"])):
+        file.write_text(text)
+        assert "(reason: bad_models_file)" in tsm(server, *add, *more).stderr
 
 
 def test_waiting_for_a_stream_that_does_not_run(server: str):
