@@ -13,8 +13,9 @@ from typing import BinaryIO
 import httpx
 
 from tsm_core.checkpoints import ModelFileError, import_checkpoint, read_card, save_model
+from tsm_core.detector_recipes import DetectorRecipe, find_any_recipe
 from tsm_core.errors import CallerError, WorldError
-from tsm_core.recipes import Checkpoint, Recipe, find_recipe
+from tsm_core.recipes import Checkpoint, Recipe
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known
 
@@ -67,10 +68,10 @@ def pull(name: str, models_dir: Path | str, on_progress: Progress | None = None)
         weights = IMAGENET[name]
         folder = Path(models_dir) / CHECKPOINTS
         return fetch(weights.url, folder, weights.sha256, on_progress, again=f"tsm models pull {name}")
-    return pull_model(find_recipe(name), models_dir, on_progress)
+    return pull_model(find_any_recipe(name), models_dir, on_progress)
 
 
-def pull_model(recipe: Recipe, models_dir: Path | str, on_progress: Progress | None = None) -> Path:
+def pull_model(recipe: Recipe | DetectorRecipe, models_dir: Path | str, on_progress: Progress | None = None) -> Path:
     """The model file `<recipe>.safetensors` in `models_dir`, made from its published checkpoint.
 
     The checkpoint stays in `checkpoints/`; where it was put there by hand, nothing is fetched. A model that is there
@@ -141,7 +142,7 @@ def fetch(
     return target
 
 
-def _made_from(target: Path, recipe: Recipe) -> bool:
+def _made_from(target: Path, recipe: Recipe | DetectorRecipe) -> bool:
     assert recipe.checkpoint is not None
     try:
         made_of, card = read_card(target)

@@ -20,10 +20,12 @@ from services.settings import Settings, load_settings
 from services.tables import print_table
 from tsm_core.checkpoints import import_checkpoint, load_backbone, load_recogniser, read_card, save_model
 from tsm_core.cost import multiply_adds, parameters
+from tsm_core.detector import TSMDetector
+from tsm_core.detector_recipes import DETECTOR_RECIPES, DetectorRecipe, find_any_recipe
 from tsm_core.labels import Convention
-from tsm_core.model import build
+from tsm_core.model import TSM, build
 from tsm_core.preprocess import Crop
-from tsm_core.recipes import RECIPES, Accuracy, Clips, Recipe, find_recipe
+from tsm_core.recipes import RECIPES, Accuracy, Clips, Recipe, RecipeError, find_recipe
 from tsm_core.zoo import available_models, find_model
 
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes: all that names and reproduces a model.")
@@ -53,28 +55,45 @@ ModelName = Annotated[str, typer.Argument(metavar="NAME", help="name of the mode
 def list_recipes(
     match: Annotated[str, typer.Argument(help="only names and data sets that contain this")] = "", as_json: Json = False
 ) -> None:
-    """All recipes: MMAction2's 36 rows, their uni-directional twins, later and other published models, ours."""
+    """All recipes: MMAction2's 36 rows, their uni-directional twins, other published models, ours; detectors."""
     found = [row for row in RECIPES.values() if match in row.name or match == row.dataset]
+    detectors = [row for row in DETECTOR_RECIPES.values() if match in row.name or match == row.dataset]
     if as_json:
-        typer.echo(json.dumps([_short(row) for row in found]))
+        typer.echo(json.dumps([*map(_short, found), *map(_short_detector, detectors)]))
         return
     rows = [("RECIPE", "DATA", "BACKBONE", "FRAMES", "LIVE", "TOP-1", "WEIGHTS")]
     for row in found:
         short = _short(row)
         scores = [f"{value:g}" for value in (short["top1_efficient"], short["top1_accurate"]) if value is not None]
-        weights = "public" if row.checkpoint else "shipped" if row.name in available_models() else "to be trained"
+        weights = _weights_of(row)
         network = row.backbone + (f" + {row.non_local}" if row.non_local else "")
         rows.append(
             (row.name, row.dataset, network, str(row.frames), short["mode"], " / ".join(scores) or "-", weights)
         )
-    print_table(rows)
+    if found:
+        print_table(rows)
     typer.echo(f"{len(found)} recipes; TOP-1 as published, efficient / accurate setting where both were")
+    rows = [("DETECTOR", "DATA", "ARCHITECTURE", "INPUT", "SHIFT", "COCO AP", "WEIGHTS")]
+    for detector in detectors:
+        ap = f"{detector.published.coco_ap:g}" if detector.published else "-"
+        facts = (detector.dataset, detector.architecture, _input_of(detector), detector.shift, ap)
+        rows.append((detector.name, *facts, _weights_of(detector)))
+    if detectors:
+        print_table(rows)
+        typer.echo(f"{len(detectors)} detectors; COCO AP as published, at their authors' input size")
+
+
+def _weights_of(recipe: Recipe | DetectorRecipe) -> str:
+    return "public" if recipe.checkpoint else "shipped" if recipe.name in available_models() else "to be trained"
 
 
 @recipes_app.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(metavar="RECIPE")], as_json: Json = False) -> None:
     """One recipe: network, data, training, views, what was published."""
-    recipe = find_recipe(name)
+    recipe = find_any_recipe(name)
+    if isinstance(recipe, DetectorRecipe):
+        _show_detector(recipe, as_json)
+        return
     facts = {"params": parameters(recipe), "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3)}
     data = {
         **asdict(recipe),
@@ -144,6 +163,66 @@ def show_recipe(name: Annotated[str, typer.Argument(metavar="RECIPE")], as_json:
         )
 
 
+def _show_detector(recipe: DetectorRecipe, as_json: bool) -> None:
+    facts = {"params": parameters(recipe), "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3)}
+    if as_json:
+        typer.echo(json.dumps({**asdict(recipe), "mode": "step", **facts}))
+        return
+    _facts(
+        recipe.name,
+        {
+            "network": f"{recipe.architecture}, {_shift_of(recipe)}",
+            "input": f"{_input_of(recipe)}, letterboxed",
+            "parameters": f"{facts['params']:,}",
+            "one frame": f"{facts['gmac_per_result']:g} GMAC",
+            "labels": f"{len(recipe.labels)}: {', '.join(recipe.labels[:3])}, ...",
+            "boxes": f"score above {recipe.score_thresh:g}, NMS {recipe.nms_iou:g}, at most {recipe.max_detections}",
+            "data": recipe.dataset,
+        },
+    )
+    if recipe.training is not None:
+        said = {key: value for key, value in asdict(recipe.training).items() if value not in ((), None, "", 0.0)}
+        _facts("training", {key: str(value) for key, value in said.items()})
+    if recipe.published is not None:
+        _facts(
+            f"published by {recipe.published.source} (not measured here)",
+            {
+                "COCO AP": f"{recipe.published.coco_ap:g} %, at its authors' input size",
+                "weights": recipe.checkpoint.url if recipe.checkpoint else "",
+                "sha256": (recipe.checkpoint.sha256 or "not published") if recipe.checkpoint else "",
+            },
+        )
+
+
+def _input_of(recipe: DetectorRecipe) -> str:
+    height, width = recipe.input_size
+    return f"{width}x{height} px"
+
+
+def _shift_of(recipe: DetectorRecipe) -> str:
+    if recipe.shift == "none":
+        return "no shift: every frame is a still image to it"
+    return f"shift uni of 1/{recipe.shift_div}: it sees the frames before"
+
+
+def _short_detector(recipe: DetectorRecipe) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "task": recipe.task,
+        "dataset": recipe.dataset,
+        "architecture": recipe.architecture,
+        "input_size": list(recipe.input_size),
+        "frames": recipe.frames,
+        "shift": recipe.shift,
+        "mode": "step",
+        "classes": len(recipe.labels),
+        "coco_ap": recipe.published.coco_ap if recipe.published else None,
+        "source": recipe.published.source if recipe.published else None,
+        "checkpoint": recipe.checkpoint.url if recipe.checkpoint else None,
+        "sha256": recipe.checkpoint.sha256 if recipe.checkpoint else None,
+    }
+
+
 def _mode(recipe: Recipe) -> str:
     return "step" if recipe.steppable else "window"
 
@@ -196,12 +275,17 @@ def list_models(as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    rows: list[tuple[str, ...]] = [("NAME", "MODE", "BACKBONE", "INPUT", "GMAC", "LABELS")]
+    rows: list[tuple[str, ...]] = [("NAME", "MODE", "NETWORK", "INPUT", "GMAC", "LABELS")]
     for model in found:
         labels = model["labels"]
         shown = " ".join(labels) if len(labels) < 12 else f"{len(labels)}: {', '.join(labels[:3])}, ..."
         gmac = f"{model['gmac_per_result']:g}"
-        rows.append((model["name"], model["mode"], model["backbone"], f"{model['input_px']} px", gmac, shown))
+        if model["task"] == "detection":
+            network = f"{model['architecture']}, {'no shift' if model['shift'] == 'none' else 'shift uni'}"
+            size = "{1}x{0} px".format(*model["input_size"])
+        else:
+            network, size = model["backbone"], f"{model['input_px']} px"
+        rows.append((model["name"], model["mode"], network, size, gmac, shown))
     print_table(rows)
 
 
@@ -228,7 +312,9 @@ def pull_model(
 
     with _bytes_bar(name) as on_progress:
         path = pull(name, load_settings().models.folder, on_progress)
-    checked = "" if name not in RECIPES else read_card(path)[1].get("source", {}).get("checked", "")
+    checked = (
+        "" if name not in {**RECIPES, **DETECTOR_RECIPES} else read_card(path)[1].get("source", {}).get("checked", "")
+    )
     _tell(as_json, {"name": name, "file": str(path), "checked": checked}, f"{name}: {path} {checked}".rstrip())
 
 
@@ -244,9 +330,12 @@ def import_model(
     as_json: Json = False,
 ) -> None:
     """Make a model of a foreign checkpoint: every weight must fit, nothing in the file is executed."""
-    recipe = find_recipe(recipe_name)
+    recipe = find_any_recipe(recipe_name)
     target = out or load_settings().models.folder / f"{name or recipe.name}.safetensors"
+    model: TSM | TSMDetector
     if backbone_only:
+        if isinstance(recipe, DetectorRecipe):
+            raise RecipeError(f"--backbone-only makes recognisers; tsm train {recipe.name} begins with what it needs")
         model = build(recipe)
         load_backbone(model, file)
         save_model(target, model, {"note": f"backbone of {file.name}; the classifier is untrained"})
@@ -616,9 +705,27 @@ def _items_bar(what: str, unit: str) -> Iterator[Any]:
 
 def _at_hand(name: str, path: Path) -> dict[str, Any]:
     recipe, card = read_card(path)
+    if isinstance(recipe, DetectorRecipe):
+        return {
+            "name": name,
+            "task": recipe.task,
+            "recipe": recipe.name,
+            "mode": "step",
+            "architecture": recipe.architecture,
+            "shift": recipe.shift,
+            "sense_of_time": _shift_of(recipe),
+            "frames": recipe.frames,
+            "input_size": list(recipe.input_size),
+            "score_thresh": recipe.score_thresh,
+            "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3),
+            "labels": list(recipe.labels),
+            "file": str(path),
+            "card": card,
+        }
     window = {} if recipe.steppable else {"window_s": recipe.window_s, "stride_s": recipe.window_stride_s}
     return {
         "name": name,
+        "task": "recognition",
         "recipe": recipe.name,
         "mode": _mode(recipe),
         **window,

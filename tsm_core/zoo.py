@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from tsm_core.detector_recipes import DETECTOR_RECIPES
 from tsm_core.errors import CallerError
 from tsm_core.recipes import RECIPES
 
@@ -34,7 +35,7 @@ def find_model(name: str, path: Path | str | None = None, extra_dirs: Iterable[P
     models = available_models(extra_dirs)
     if name not in models:
         have = f"there are {', '.join(sorted(models)) or 'none'}"
-        row = RECIPES.get(name)
+        row = RECIPES.get(name) or DETECTOR_RECIPES.get(name)
         way = f"tsm models import FILE --recipe {name}" if row else ""
         if row and row.checkpoint:
             way = f"tsm models pull {name} fetches it, {way} takes a file of yours"

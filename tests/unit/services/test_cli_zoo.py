@@ -11,6 +11,7 @@ from pipelines.datasets import DATASETS
 from services.cli import app
 from tests.assets.make import make_miniature
 from tsm_core.checkpoints import load_model, read_card
+from tsm_core.detector_recipes import DETECTOR_RECIPES
 from tsm_core.model import build
 from tsm_core.recipes import PAGE_ROWS, RECIPES, find_recipe
 
@@ -58,7 +59,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_recipes_are_listed_and_found():
     everything = said("recipes", "list")
-    assert [row["name"] for row in everything] == list(RECIPES)
+    assert [row["name"] for row in everything] == [*RECIPES, *DETECTOR_RECIPES]
     assert len(said("recipes", "list", "ucf101")) == 4
     ours = {row["name"]: row for row in everything}
     assert (ours[JESTER]["mode"], ours[JESTER]["classes"], ours[JESTER]["sha256"]) == ("step", 27, None)
@@ -153,7 +154,7 @@ def test_an_export_says_which_format(tmp_path: Path):
 
 def test_a_data_set_is_listed_and_checked(tmp_path: Path):
     make_miniature("jester", tmp_path, broken=True)
-    assert {row["name"] for row in said("data", "list")} == set(DATASETS)
+    assert {row["name"] for row in said("data", "list")} == {*DATASETS, "imagenet_vid"}
     prepared = said("data", "prepare", "jester", "--data", str(tmp_path))
     assert [row["list"] for row in prepared["lists"]] == [
         "jester_train_list_rawframes.txt",
