@@ -1,6 +1,9 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from services.schemas import StreamSpec
@@ -32,6 +35,18 @@ def test_what_a_detector_is_told_becomes_rules():
     yard, road = rules.zones
     assert (yard.inertia, yard.loitering_s, yard.objects, road.kind) == (5, 30, ("cat",), "exclude")
     assert (rules.lines[0].b, rules.required_zones) == ((1.0, 0.5), ("yard",))
+
+
+def test_the_documented_example_is_accepted():
+    text = (Path(__file__).resolve().parents[3] / "docs" / "service.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    spec = StreamSpec.model_validate(
+        {"id": "yard", "source": {"uri": "rtsp://cam/"}, "models": yaml.safe_load(example)}
+    )
+    detector, *_, of_objects = spec.models
+    assert [zone.kind for zone in detector.object_rules().zones] == ["include", "exclude"]
+    assert of_objects.of_objects is not None
+    assert of_objects.of_objects.objects_of == detector.name
 
 
 def test_options_survive_the_registry():
