@@ -22,8 +22,8 @@ def test_there_and_back(source, size):
     assert min(left, top) == 0
     assert right <= size[1] + 1
     assert bottom <= size[0] + 1
-    assert abs(left - (size[1] - right)) <= 1.5
-    assert abs(top - (size[0] - bottom)) <= 1.5
+    assert abs(left - (size[1] - right)) <= 2
+    assert abs(top - (size[0] - bottom)) <= 2
 
 
 @pytest.mark.parametrize("source", SOURCES[:4])
