@@ -22,11 +22,10 @@ from pipelines.choice import BadEvaluation, find_checkpoint
 from pipelines.datasets import Part
 from pipelines.decoding import UnreadableVideo
 from pipelines.evaluate import Facts, Progress, TooManyUnreadable
-from pipelines.init_boxes import init_detector
 from pipelines.prepare import write_whole
 from pipelines.results import machine, versions
-from tsm_core.checkpoints import ModelFileError, load_detector, read_card
-from tsm_core.detector import TSMDetector, build_detector
+from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_detector, read_card
+from tsm_core.detector import TSMDetector
 from tsm_core.detector_recipes import DETECTOR_RECIPES, DetectorRecipe
 from tsm_core.errors import CallerError
 
@@ -167,8 +166,8 @@ def run_box_evaluation(
 def open_detector(recipe: DetectorRecipe | str, file: Path) -> TSMDetector:
     """The detector in a file, ours or torchvision's, which must be that of the recipe.
 
-    One of the same classes that was trained at another size, or with other numbers of boxes, is tested as its own
-    recipe says. Raises ModelFileError, BadEvaluation.
+    One of ours is tested as its own recipe says: at another size than the row's where it was trained so.
+    Raises ModelFileError.
     """
     if file.suffix == ".safetensors":
         model = load_detector(file)
@@ -179,12 +178,7 @@ def open_detector(recipe: DetectorRecipe | str, file: Path) -> TSMDetector:
                 reason="other_recipe",
             )
         return model
-    row = DETECTOR_RECIPES[recipe] if isinstance(recipe, str) else recipe
-    model = build_detector(row)
-    said = init_detector(model, file=file, models_dir="")
-    if "classifier and all" not in said:
-        raise BadEvaluation(f"{file} has no classifier of {row.name}'s {len(row.labels)} classes: it {said}")
-    return model.eval()
+    return import_checkpoint(file, DETECTOR_RECIPES[recipe] if isinstance(recipe, str) else recipe)
 
 
 def _videos(
