@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_SECONDS ?=
 PYTEST_ARGS ?=
 
-.PHONY: setup demo serve test test-all check format bench motion8 docs clean
+.PHONY: setup demo serve test test-all check format bench motion8 moving-shapes docs clean
 
 setup: $(VENV)/.run
 
@@ -59,6 +59,10 @@ bench: $(VENV)/.test
 
 motion8: $(VENV)/.test
 	$(BIN)/python -m tests.benchmark.motion8
+	$(BIN)/python docs/tables.py
+
+moving-shapes: $(VENV)/.test
+	$(BIN)/python -m tests.benchmark.moving_shapes $(FOLDER)
 	$(BIN)/python docs/tables.py
 
 docs: $(VENV)/.test

@@ -9,7 +9,7 @@ from pipelines import vid
 from pipelines.box_data import BoxVideos, Mixed, Renamed
 from pipelines.box_files import CocoVideos
 from pipelines.datasets import Part
-from pipelines.moving_shapes import MovingShapes
+from pipelines.moving_shapes import MovingPhotos, MovingShapes
 from pipelines.scene_boxes import SceneBoxes
 from tsm_core.errors import CallerError
 
@@ -54,6 +54,7 @@ def _root(root: Path | None, dataset: str) -> Path:
 
 # by a recipe's `dataset`; a set that is drawn looks at no folder
 BOX_SETS: dict[str, Opener] = {
+    "moving_photos": lambda _, part: MovingPhotos(part),
     "moving_shapes": lambda _, part: MovingShapes(part),
     "scenes": lambda _, part: SceneBoxes(part),
     vid.NAME: _vid,

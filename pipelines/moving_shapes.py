@@ -23,15 +23,16 @@ SHAPES: tuple[str, ...] = ("disc", "square", "triangle", "plus")
 CONDITIONS: tuple[str, ...] = ("clean", "defocus", "low light")
 SIDE_PX, FRAMES = 96, 24
 SERIES: dict[Part, tuple[int, int]] = {"train": (1, 900), "val": (7, 200)}  # seed and number of films
+PHOTOS = 4  # clean frames of a film that are photos
 SHUTTER = np.array([-0.4, -0.2, 0.0, 0.2, 0.4])  # times of the exposure, in frames: 0.8 of a frame open
 RADIUS_PX = (7.5, 13.0)
 SPEEDS_PX = ((0.0, 0.04), (0.12, 0.4), (1.0, 4.5))  # a frame: slow, medium, fast
 SPEED_SHARES = (0.25, 0.25, 0.5)
-CONTRAST = (0.12, 0.35)  # of a shape against its surroundings, either sign
-NOISE = (0.04, 0.10)  # of the sensor in clean frames, standard deviation
+CONTRAST = (0.15, 0.40)  # of a shape against its surroundings, either sign
+NOISE = (0.02, 0.05)  # of the sensor in clean frames, standard deviation
 GRAIN_PX = 3  # half of the noise's power has this grain, as colour filters and compression leave it
 DEFOCUS_PX = (11, 19)  # side of the box that blurs, odd
-GAIN, READ_NOISE = (0.10, 0.22), 0.035  # light left, and the sensor's noise before the camera amplifies
+GAIN, READ_NOISE = (0.10, 0.22), 0.045  # light left, and the sensor's noise before the camera amplifies
 CLEAN_FRAMES, DEGRADED_FRAMES = (3, 7), (2, 5)
 IGNORE_BELOW = 0.15  # share of a shape that must be visible for it to count
 
@@ -76,6 +77,26 @@ class MovingShapes:
         return BoxVideo(
             f"moving-shapes/{self.part}/{index}", objects, lambda numbers: grey[list(numbers)].expand(-1, 3, -1, -1)
         )
+
+
+class MovingPhotos:
+    """Clean frames of the films, each a video of its own, to learn the shapes from before their films: BoxVideos."""
+
+    labels = SHAPES
+
+    def __init__(self, part: Part) -> None:
+        self._films = MovingShapes(part)
+        self.identity = f"moving-shapes {part} photos"
+
+    def __len__(self) -> int:
+        return PHOTOS * len(self._films)
+
+    def video(self, index: int) -> BoxVideo:
+        """One of PHOTOS frames of film index // PHOTOS, as far from one another as its clean frames are."""
+        film = self._films.video(index // PHOTOS)
+        clean = [number for number, objects in enumerate(film.objects) if objects.condition == CONDITIONS[0]]
+        number = clean[index % PHOTOS * len(clean) // PHOTOS]
+        return BoxVideo.of(f"{film.name}/{number}", film.read([number]), [film.objects[number]])
 
 
 @lru_cache(maxsize=2048)
@@ -153,9 +174,9 @@ def _outline(label: int, radius: float, angle: float) -> Any:
         points = 0.9 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     elif label == 2:
         around = np.radians([90, 210, 330])
-        points = 1.35 * np.stack([np.cos(around), np.sin(around)], axis=1)
+        points = 1.5 * np.stack([np.cos(around), np.sin(around)], axis=1)
     else:
-        long, thin = 1.15, 0.40
+        long, thin = 1.25, 0.33
         points = np.array([[s * a, t * b] for a, b in ((long, thin), (thin, long)) for s in (-1, 1) for t in (-1, 1)])
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return radius * points @ turn
@@ -169,17 +190,17 @@ def _distance(label: int, radius: float, u: Any, v: Any) -> Any:
         return np.maximum(np.abs(u), np.abs(v)) - 0.9 * radius
     if label == 2:
         slanted = np.sqrt(0.75) * np.abs(u) + 0.5 * v
-        return np.maximum(slanted, -v) - 0.675 * radius
+        return np.maximum(slanted, -v) - 0.75 * radius
     u, v = np.abs(u), np.abs(v)
-    across = np.maximum(u - 1.15 * radius, v - 0.40 * radius)
-    upright = np.maximum(u - 0.40 * radius, v - 1.15 * radius)
+    across = np.maximum(u - 1.25 * radius, v - 0.33 * radius)
+    upright = np.maximum(u - 0.33 * radius, v - 1.25 * radius)
     return np.minimum(across, upright)
 
 
 def _paint(light: Floats, label: int, radius: float, angle: float, at: Any, level: float) -> Floats:
     """Lay a shape over the picture (N, side, side) at its N places; how much of every pixel it covers, same shape."""
     side = light.shape[-1]
-    reach = np.arange(-(int(1.4 * radius) + 2), int(1.4 * radius) + 3)
+    reach = np.arange(-(int(1.55 * radius) + 2), int(1.55 * radius) + 3)
     first = np.floor(at).astype(np.int32)
     columns, rows = first[:, :1] + reach, first[:, 1:] + reach  # (N, K)
     dx = ((columns + 0.5) - at[:, :1])[:, None, :].astype(np.float32)

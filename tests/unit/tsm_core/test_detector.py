@@ -50,7 +50,7 @@ def _single() -> Iterator[None]:
 
 
 def small(name, **changes):
-    return replace(DETECTOR_RECIPES[name], input_size=SIZE, **changes)
+    return replace(DETECTOR_RECIPES[name], **{"input_size": SIZE, "start": "own", **changes})
 
 
 @pytest.fixture(scope="module")
