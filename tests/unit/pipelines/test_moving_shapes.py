@@ -11,8 +11,10 @@ from pipelines.moving_shapes import (
     DEGRADED_FRAMES,
     FRAMES,
     IGNORE_BELOW,
+    PHOTOS,
     SHAPES,
     SIDE_PX,
+    MovingPhotos,
     MovingShapes,
     _outline,
     _paint,
@@ -93,3 +95,19 @@ def test_the_data_set_is_one_of_ours():
     assert not torch.equal(train.video(3).frames, video.frames)
     with pytest.raises(IndexError):
         val.video(200)
+
+
+def test_photos_are_clean_frames_of_the_films():
+    films, photos = MovingShapes("train"), MovingPhotos("train")
+    assert len(photos) == PHOTOS * len(films)
+    seen = []
+    for index in range(2 * PHOTOS):
+        photo, film = photos.video(index), films.video(index // PHOTOS)
+        (objects,) = photo.objects
+        assert objects.condition == "clean"
+        assert any(
+            torch.equal(photo.frames[0], frame) and np.array_equal(objects.boxes, there.boxes)
+            for frame, there in zip(film.frames, film.objects, strict=True)
+        )
+        seen.append(photo.name)
+    assert len(set(seen)) == 2 * PHOTOS
