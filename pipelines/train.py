@@ -32,6 +32,7 @@ import torchvision
 
 from pipelines.curves import save_curves
 from pipelines.learners import new_study
+from pipelines.memory import keep_freed_memory
 from pipelines.ray_local import ray_session
 from pipelines.rehearsal import dry_run, profile
 from pipelines.scoring import DecoderDied, OutOfMemory
@@ -104,6 +105,7 @@ def fit(job: Job, team: Team | None = None) -> TrainResult:
     raise, Diverged, NothingReadable, OutOfMemory, Interrupted, CannotWrite.
     """
     team = team or Team()
+    keep_freed_memory()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(team.together(lambda: WorkDir(job.work_dir)))
         team.together(lambda: None if team.rank else folder.lock(ENDING_S if team.workers > 1 else 0.0))
