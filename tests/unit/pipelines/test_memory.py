@@ -20,8 +20,7 @@ def faults():
 faults()
 usual = faults()
 assert keep_freed_memory()
-faults()
-print(usual, faults())
+print(usual, [faults() for _ in range(8)][-1])
 """
 
 
