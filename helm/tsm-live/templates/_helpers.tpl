@@ -84,6 +84,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ include "tsm.env" . }}
 {{- if .Values.proxy.haproxy }}
 - { name: RAY_SERVE_ENABLE_HA_PROXY, value: "1" }
+# a slow viewer holds up his own feed: from a thread of its own Serve would queue it, without bound
+- { name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD, value: "0" }
 {{- end }}
 {{- $user := "" }}
 {{- $database := 1 }}
