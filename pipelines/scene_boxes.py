@@ -1,7 +1,7 @@
 """The scenes as films with boxes, to train the demo's detector on, and what of the demo's cameras it should have found.
 
-A box is the tight bound of what the picture shows of the object, and its label the object's kind. What leaves on one
-side comes in on the other as another object, and so does the small copy that replaces one grown too large.
+A box is the tight bound of what the picture shows of the object. What leaves on one side comes in on the other as
+another object, and so does the small copy that replaces one grown too large.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipelines.datasets import Part
 from pipelines.scenes import KINDS, Pose, Scene
 
 FRAMES = 32  # of a film: a little over two seconds
-FILMS: dict[Part, int] = {"train": 1200, "val": 24}
+FILMS: dict[Part, int] = {"train": 800, "val": 12}
 FIRST_SEED: dict[Part, int] = {"train": 1 << 40, "val": 1 << 41}  # far from the seeds that people give to films
 LEAST_VISIBLE = 0.25  # less of an object need not be found
 DRAWN_PX = 128  # training films: larger than the detector's input, so that they are scaled as live ones are
@@ -27,7 +27,7 @@ CAMERA_PX, SENT_PX = 320, 96  # others: what the demo's cameras show, and what t
 
 
 class SceneBoxes:
-    """Films of scenes with boxes of the kinds in KINDS. BoxVideos.
+    """Films of scenes with boxes of their objects, which are all of one class. BoxVideos.
 
     Those to train on are drawn with a camera's burnt-in number. Those to be judged by (`val`) are as the service sees
     the demo's cameras: through H.264 and the decoder's scaling. `condition` of a frame is what the object does.
@@ -80,7 +80,6 @@ def sent_film(seed: int, frames: int = FRAMES) -> BoxVideo:
 
 def objects_of(scene: Scene, frames: int, scale: float = 1.0) -> tuple[Objects, ...]:
     """What shows in the frames [0, frames) of a scene, boxes in its pixels times `scale`."""
-    label = KINDS.index(scene.look.kind)
     tracks: dict[tuple[int, int, int], int] = {}
     turns = np.zeros(3, np.int64)  # so often have x, y and size gone round their circles
     before: Pose | None = None
@@ -97,7 +96,7 @@ def objects_of(scene: Scene, frames: int, scale: float = 1.0) -> tuple[Objects, 
         objects, _ = clean(
             (round(scene.size_px * scale),) * 2,
             np.array([piece.box for piece in pieces]) * scale,
-            [label] * len(pieces),
+            [0] * len(pieces),
             tracks=[tracks.setdefault(copy, len(tracks)) for copy in copies],
             ignore=visible < LEAST_VISIBLE,
             visible=visible,

@@ -30,7 +30,7 @@ LABELS: tuple[str, ...] = (
     "still",
 )
 
-KINDS: tuple[str, ...] = ("ball", "badge", "planet")  # what the object is: sectors, one half striped, marbled
+KINDS: tuple[str, ...] = ("badge",)  # what there is in a scene, to a detector
 
 MOVE_PX_S = (25.0, 75.0)
 TURN_DEG_S = (100.0, 300.0)
@@ -194,7 +194,7 @@ class Look:
         radii = _outline(style, outline_angles)
         self._outline = np.stack([radii * np.cos(outline_angles), radii * np.sin(outline_angles)])  # of radius 1
         half_px = 2 * math.ceil(_MARGIN * RADIUS_PX[1] / _SIDE_PX * size_px)
-        self.kind, pixels = _draw_object(random, hue, style, half_px)
+        pixels = _draw_object(random, hue, style, half_px)
         sprite = Image.fromarray(pixels, "RGBA")
         self._levels: list[tuple[Image.Image, Image.Image]] = []
         for reduction in (2, 3, 4, 6, 9):  # of a sprite drawn at twice the largest size
@@ -462,8 +462,8 @@ def _outline(style: tuple[int, float], angle: Floats) -> Floats:
     return (1 - depth * (0.5 - 0.5 * np.cos(petals * angle))).astype(np.float32)
 
 
-def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, float], half_px: int) -> tuple[str, Pixels]:
-    """Something with a bright rim on a soft dark halo: its kind, and uint8 (2 half_px, 2 half_px, 4), RGBA."""
+def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, float], half_px: int) -> Pixels:
+    """A badge with a bright rim on a soft dark halo, uint8 (2 half_px, 2 half_px, 4), RGBA."""
     place = ((np.arange(2 * half_px, dtype=np.float32) + 0.5) / half_px - 1) * _MARGIN
     x, y = np.broadcast_to(place[None, :], (2 * half_px,) * 2), np.broadcast_to(place[:, None], (2 * half_px,) * 2)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
@@ -476,20 +476,20 @@ def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, floa
         _color(main + 0.08, 0.85, 0.45),
     ]
     order = random.permutation(4)
-    kind = KINDS[int(random.integers(3))]
-    if kind == "ball":  # sectors of unequal width
+    kind = int(random.integers(3))
+    if kind == 0:  # beach ball: sectors of unequal width
         count = int(random.integers(3, 6))
         widths = random.uniform(0.6, 1.4, count)
         edges = np.cumsum(widths / widths.sum()) * 2 * np.pi - np.pi
         index = np.minimum(np.searchsorted(edges, angle), count - 1)
         paint = [order[i % 3] if i < count - 1 or count % 3 != 1 else order[3] for i in range(count)]
         picture = np.stack([colors[i] for i in paint])[index]
-    elif kind == "badge":  # two halves, one of them striped
+    elif kind == 1:  # two halves, one of them striped
         turn, period = float(random.uniform(0, 2 * np.pi)), float(random.uniform(0.5, 0.8))
         along, across = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
         index = np.where(along > 0.1, 0, np.where(np.mod(across, period) < period / 2, 1, 2))
         picture = np.stack([colors[order[i]] for i in range(3)])[index]
-    else:  # marbled
+    else:  # a marbled planet
         marble = _noise(random, 5, 2 * half_px) + 0.5 * x * float(random.choice([-1, 1]))
         index = np.digitize(marble, np.quantile(marble[::4, ::4], [0.4, 0.65])).astype(np.int64)
         picture = np.stack([colors[order[i]] for i in range(3)])[index]
@@ -504,4 +504,4 @@ def _draw_object(random: np.random.Generator, hue: float, style: tuple[int, floa
     halo = 0.4 * np.clip(1 - (radius - bound) / (_MARGIN - 1), 0, 1) ** 2
     alpha = np.where(outside, halo, 1.0)[..., None] * 255
     pixels: Pixels = np.clip(np.concatenate([picture, alpha], axis=2) + 0.5, 0, 255).astype(np.uint8)
-    return kind, pixels
+    return pixels
