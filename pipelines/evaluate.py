@@ -20,6 +20,7 @@ from pipelines.datasets import Kind, Part
 from pipelines.decoding import UnreadableVideo
 from pipelines.journal import Journal, Prediction
 from pipelines.metrics import confusion_matrix
+from pipelines.model_card import save_card
 from pipelines.results import METRICS, Outputs, machine, metric_values, published, setting_of, skipped, versions
 from pipelines.scoring import Groups, Loader, Trial, Videos, check_fit, decoders, score
 from tsm_core.errors import CallerError
@@ -230,6 +231,7 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Test a checkpoint by a recipe and return the result, which is also written to `out` (JSON).
 
+    Beside `out`, a model that was trained here gets its card: see `model_card`.
     checkpoint: a model file, another project's weights, or the name of a model at hand (also in model_dirs).
     data_root: folder of the recipe's data set; part, split and kind (None: the recipe's) choose its list. Instead,
     list_file: any list, `path label` or `path frames label`, its paths below `prefix` (None: beside it), labels by
@@ -321,6 +323,8 @@ def run_evaluation(
     }
     top1 = f"top-1 {100 * sum(map(_hit, judged)) / len(judged):.2f} % of {len(judged)} videos"
     title = f"{row.name} on {told['dataset'] or told['list']}, {seen}: {top1}"
+    if out is not None and (card := save_card(Path(out), row, file, result)):
+        result["card"] = str(card)
     files.write(result, found, matrix, row.labels, title)
     return result
 

@@ -653,6 +653,8 @@ def evaluate(
         typer.echo(f"{page['source']} reports {shown} in its {page['setting']} setting, {page['note']}")
     if out is not None:
         typer.echo(f"written to {out}")
+    if "card" in result:
+        typer.echo(f"model card: {result['card']}")
 
 
 def _tell_boxes(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
