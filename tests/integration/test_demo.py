@@ -10,6 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.demo import DETECTOR
+from tsm_core.zoo import available_models
+
 SECONDS = 45
 TOOLS = ("sh", "bash", "env", "ps", "uname", "cat", "ls", "ip", "hostname", "lscpu")  # all that PATH offers
 
@@ -44,6 +47,10 @@ def test_demo_scores_itself_on_a_bare_machine(tmp_path: Path):
     assert score["sent"] == score["frames"] + sum(score["dropped"].values())
     assert score["frames"] >= 0.5 * score["sent"], score  # a busy machine drops frames, and says so
     assert score["false_events"] <= 0.1 * score["actions"], score
+    if DETECTOR in available_models():
+        assert score["detection_ap50"] >= 0.6, score
+    else:
+        assert score["detection_ap50"] is None, score
     assert set(score["latency_ms"]) == {"p50", "p95", "p99"}
     assert score["latency_ms"]["p50"] < 1000, score
     left = [
