@@ -55,6 +55,7 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmark.run
+	$(BIN)/python -m tests.benchmark.training
 	$(BIN)/python docs/tables.py
 
 motion8: $(VENV)/.test
