@@ -252,7 +252,15 @@ COCO_ROWS: tuple[DetectorRecipe, ...] = (
         19_386_354,
         _WIDE,
     ),
-    _coco("fcos_resnet50_fpn", "fcos_resnet50_fpn_coco-99b0c9b7.pth", 39.2, 32_269_600, _WIDE, nms_iou=0.6),
+    _coco(
+        "fcos_resnet50_fpn",
+        "fcos_resnet50_fpn_coco-99b0c9b7.pth",
+        39.2,
+        32_269_600,
+        _WIDE,
+        score_thresh=0.2,  # what it is sure to be nothing has 0.07
+        nms_iou=0.6,
+    ),
     _coco("fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth", 46.7, 43_712_278, _WIDE),
     _coco(
         "retinanet_resnet50_fpn_v2",

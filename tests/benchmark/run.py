@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,12 @@ from pathlib import Path
 import torch
 
 from tests.benchmark.plain import plain_online
+from tsm_core.detector import Dense, build_detector
+from tsm_core.detector_recipes import DETECTOR_RECIPES
 from tsm_core.model import TSM, build
 from tsm_core.recipes import Recipe, find_recipe, generic
 
+STREAMS = 8
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "make bench"
 
@@ -120,6 +124,58 @@ def bench_state(rounds: int = 7) -> list[list[object]]:
     return rows
 
 
+def crowded(dense: Dense) -> Dense:
+    """Dense outputs of a detector that finds something nearly everywhere: the most that boxes can cost."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(dense.outputs["cls_logits"].shape, generator=generator) * 4
+    return Dense(dense.features, {**dense.outputs, "cls_logits": logits})
+
+
+def bench_detector_step(rounds: int = 9) -> list[list[object]]:
+    """One step of eight streams with shift and without, and the boxes of those frames, noise all of them."""
+    rows: list[list[object]] = []
+    for name, size, calls in (
+        ("moving_shapes_tsm", (96, 96), 4),
+        ("ssdlite320_mobilenet_v3_large_uni", (320, 320), 2),
+        ("fcos_resnet50_fpn_uni", (192, 320), 1),
+    ):
+        recipe = replace(DETECTOR_RECIPES[name], input_size=size)
+        model = build_detector(recipe)
+        still = build_detector(replace(recipe, shift="none"))
+        still.load_state_dict(model.state_dict())
+        model.for_inference()
+        still.for_inference()
+        frames = model.preprocess(torch.randint(0, 256, (STREAMS, 3, *size), dtype=torch.uint8))
+        arenas = {each: each.new_arena(STREAMS) for each in (model, still)}
+        slots = {each: [arena.allocate() for _ in range(STREAMS)] for each, arena in arenas.items()}
+        with torch.inference_mode():
+            dense = model.step(frames, arenas[model], slots[model])
+            full = crowded(dense)
+            found = sum(map(len, model.detect(full))) / STREAMS
+            ms = alternate(
+                {
+                    "still": partial(still.step, frames, arenas[still], slots[still]),
+                    "shifted": partial(model.step, frames, arenas[model], slots[model]),
+                    "boxes": partial(model.detect, dense),
+                    "crowded": partial(model.detect, full),
+                },
+                rounds,
+                calls,
+            )
+        each = {side: value / STREAMS for side, value in ms.items()}
+        rows.append(
+            [
+                f"{recipe.architecture} {size[1]}x{size[0]}",
+                f"{each['still']:.2f}",
+                f"{each['shifted']:.2f}",
+                f"{each['shifted'] / each['still']:.3f}",
+                f"{each['boxes']:.2f} ({each['boxes'] / each['shifted']:.1%})",
+                f"{each['crowded']:.2f} ({each['crowded'] / each['shifted']:.1%}, {found:.0f} told)",
+            ]
+        )
+    return rows
+
+
 def bench_demo() -> list[list[object]]:
     """The demo's own score: four cameras, two replicas, sixty seconds."""
     command = [sys.executable, "-m", "services.cli", "demo", "--seconds", "60"]
@@ -152,9 +208,36 @@ def write(name: str, title: str, table: list[list[object]]) -> None:
         print("  ".join(f"{cell!s:>24}" for cell in row), flush=True)
 
 
+def detectors() -> None:
+    """What a sense of time costs a detector, and what boxes do."""
+    print("detector step ...", flush=True)
+    write(
+        "detector_step",
+        "Detectors: one step of 8 streams, noise frames, one thread, fp32, random weights",
+        [
+            [
+                "detector",
+                "no shift, CPU ms a frame",
+                "shifted, CPU ms a frame",
+                "shifted / no shift",
+                "boxes, CPU ms a frame (of the step)",
+                "boxes at their most",
+            ],
+            *bench_detector_step(),
+        ],
+    )
+
+
+PARTS = {"detectors": detectors}
+
+
 def main() -> None:
-    """Run every benchmark, one after another."""
+    """Run every benchmark, one after another, or the parts that are named."""
     torch.set_num_threads(1)
+    if sys.argv[1:]:
+        for part in sys.argv[1:]:
+            PARTS[part]()
+        return
     print("the demo, a minute ...", flush=True)
     write("demo", "The demo: simulated cameras through the whole service", [["what", "result"], *bench_demo()])
     print("online step ...", flush=True)
@@ -163,6 +246,7 @@ def main() -> None:
         "Online step of one 224 px frame, one thread, fp32, random weights",
         [["network", "way", "CPU ms a frame", "times the plain way's speed"], *bench_step()],
     )
+    detectors()
     print("state handling ...", flush=True)
     write(
         "state",
