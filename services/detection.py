@@ -55,7 +55,8 @@ class ObjectDetection(Analytics[Boxes]):
         at = frame.number, frame.pts_s, frame.time_s, frame.source_size
         self.shown, events = self.objects.update(self._detections(output, frame), *at)
         self._alive.update((track.track_id, track) for track in self.shown)
-        record = objects_record(self.stream_id, self.served.name, *at, self.shown)
+        seen = warmup or self.served.warmup(self.slot)
+        record = objects_record(self.stream_id, self.served.name, *at, self.shown, seen)
         return Result([record], self._told(events))
 
     @override

@@ -183,6 +183,22 @@ EXAMPLES: dict[str, Any] = {
             "max_fps": 15,
         },
     },
+    "objects": {
+        "summary": "Objects in a zone and over a line, and what each of them does",
+        "value": {
+            "id": "yard",
+            "source": {"uri": "rtsp://192.168.1.20:554/stream1"},
+            "models": [
+                {
+                    "name": "ssdlite320_mobilenet_v3_large",
+                    "labels": ["person"],
+                    "zones": [{"name": "drive", "points": [[0, 0.5], [1, 0.5], [1, 1], [0, 1]], "loitering_s": 60}],
+                    "lines": [{"name": "gate", "a": [0.3, 1], "b": [0.3, 0.4]}],
+                },
+                {"name": "motion9", "where": {"objects_of": "ssdlite320_mobilenet_v3_large"}},
+            ],
+        },
+    },
     "file": {
         "summary": "A film again and again, as if it were a camera",
         "value": {"id": "film", "source": {"uri": "file:///srv/films/street.mp4", "loop": True}},

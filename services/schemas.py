@@ -212,9 +212,7 @@ def score_record(
         "label": top[0][0],
         "score": round(top[0][1], 4),
         "top_k": [{"label": label, "score": round(score, 4)} for label, score in top],
-        "warmup": f"{scores.warmup_frames}/{scores.warmup_total}"
-        if scores.warmup_frames < scores.warmup_total
-        else None,
+        "warmup": _warmup(scores.warmup_frames, scores.warmup_total),
         **(about or {}),
     }
 
@@ -257,6 +255,11 @@ def _envelope(stream_id: str, kind: str, subject: str, time_s: float, data: dict
     }
 
 
+def _warmup(frames: int, total: int) -> str | None:
+    """k/L while the shift state is still filling."""
+    return f"{frames}/{total}" if frames < total else None
+
+
 def objects_record(
     stream_id: str,
     model: str,
@@ -265,10 +268,12 @@ def objects_record(
     time_s: float,
     source_size: tuple[int, int],
     tracks: Sequence[Track],
+    warmup: tuple[int, int],
 ) -> dict[str, Any]:
     """One line of a stream's score feed that a detector wrote: the objects with a box on this very frame.
 
-    size is the (width, height) in source pixels that the boxes are in.
+    size is the (width, height) in source pixels that the boxes are in. warmup is (k, L): frames that the shift state
+    has seen, of those that matter.
     """
     return {
         "stream_id": stream_id,
@@ -277,6 +282,7 @@ def objects_record(
         "pts_s": round(pts_s, 6),
         "time_s": round(time_s, 6),
         "size": list(source_size),
+        "warmup": _warmup(*warmup),
         "objects": [
             {
                 "track_id": track.track_id,

@@ -373,7 +373,7 @@ class Session:
             dropped["lost"] = lost
         fps, processed_fps = self._rates(received, processed)
         source, top, latest, age_s = self._source_state, self._top, self.latest, self.checkpoint_age_s
-        cold = top is None or self._warmup is not None
+        cold = self._looked is None or self._warmup is not None
         return StreamStatus(
             state=self.state,
             status_message="; ".join(filter(None, (source.message, self.note if cold else ""))),

@@ -744,6 +744,7 @@ function addEvent(event) {
   const object = event.type.includes(".detection.");
   const row = known ?? new EventRow(data.stream_id, action ? data.label : null, object ? data.track_id : data.label);
   row.sequence = event.sequence;
+  if (object) indexOfLabel(data.label); // the filter offers it from now on
   if (action) row.showAction(data, event.published_s);
   else row.showState(data, Date.parse(event.time) / 1000);
   if (!known) placeRow(key, row, event.published_s - (action ? row.length : 0));
@@ -918,7 +919,8 @@ async function loadModels() {
   for (const model of data.models ?? []) {
     select.add(new Option(model.name, model.name));
     for (const label of model.background ?? []) if (!labelIndex.has(label)) labelIndex.set(label, -1);
-    for (const label of model.labels ?? []) indexOfLabel(label);
+    // objects have the colour of their track, and a detector may know hundreds of labels
+    if (model.task !== "detection") for (const label of model.labels ?? []) indexOfLabel(label);
   }
   select.value = chosen;
 }

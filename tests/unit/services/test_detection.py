@@ -78,6 +78,8 @@ def test_an_object_is_told_in_the_cameras_pixels_and_followed():
         wait(lambda: len(store.scores("door")) == 27)
         records = store.scores("door")
         assert [record["objects"] for record in records[:4]] == [[], [], [], []]  # an object needs three boxes
+        total = paint_detector().memory_frames
+        assert [record["warmup"] for record in records[: total + 1]] == [*(f"{k}/{total}" for k in range(total)), None]
         for n, record in enumerate(records[4:], start=2):
             (found,) = record["objects"]
             assert (found["track_id"], found["label"], record["size"]) == ("door:1", "green", list(SIZE))
