@@ -97,7 +97,9 @@ def small(name: str) -> DetectorRecipe:
     ("name", "amp"), [*((name, "fp32") for name in TWINS), *((name, "bf16") for name in OF_EACH_FAMILY)]
 )
 def test_every_recipe_takes_two_steps(tmp_path, name, amp):
-    options = Options(batch=1, px=64, init="none", validate=0, loaders=0, amp=amp, clips=ClipOptions(frames=2))
+    # below its own size an SSD has maps of one pixel, whose strided convolutions oneDNN trains on stray memory in bf16
+    px = None if name.startswith("ssd") else 64
+    options = Options(batch=1, px=px, init="none", validate=0, loaders=0, amp=amp, clips=ClipOptions(frames=2))
     found = new_study(new_job(small(name), None, tmp_path, options), Team())
     found.prepare()
     batches = list(islice(found.batches(), 2))
