@@ -787,9 +787,15 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     return found
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """The command; its exit status: 2 for what the caller must change, 3 for what may work later."""
-    given = parser(prog).parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG, models_dir: str | None = None) -> int:
+    """The command; its exit status: 2 for what the caller must change, 3 for what may work later.
+
+    models_dir: where pulled models lie unless `--models` says so; the cards that are written do not name it.
+    """
+    options_of = parser(prog)
+    if models_dir:
+        options_of.set_defaults(models=models_dir)
+    given = options_of.parse_args(arguments)
     options = Options(
         epochs=given.epochs,
         batch=given.batch,

@@ -683,7 +683,7 @@ def train(context: typer.Context) -> None:
     """Train a recipe, on this machine or on a Ray cluster; `tsm train --help` says how."""
     from pipelines.train import main
 
-    raise typer.Exit(main(["--models", str(load_settings().models.folder), *context.args], "tsm train"))
+    raise typer.Exit(main(context.args, "tsm train", str(load_settings().models.folder)))
 
 
 # helpers
