@@ -47,7 +47,7 @@ PLOT, FILM = DOCS / "moving_shapes.png", DOCS / "moving_shapes.gif"
 COLOURS = {SINGLE: (217, 119, 6), TRACKED: (120, 113, 108), TSM: (29, 78, 216)}
 HIDDEN_BELOW = 0.6
 STREAMS = 50  # films that are stepped at once
-SAMPLES = 500  # of the bootstrap
+SAMPLES = 300  # of the bootstrap
 
 
 def in_condition(name: str) -> Choose:
