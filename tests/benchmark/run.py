@@ -189,6 +189,7 @@ def bench_demo() -> list[list[object]]:
         ["dropped by reason; not accounted for", f"{dropped}; {score['unaccounted']}"],
         ["intervals judged; label right", f"{score['intervals']}; {score['label_accuracy']:.1%}"],
         ["actions reported; false", f"{score['actions']}; {score['false_events']}"],
+        ["AP50 of the followed objects' boxes", f"{score['detection_ap50']:.3f}"],
         ["ms from the camera's send to the published result, p50 / p95 / p99", latency],
     ]
 
