@@ -30,12 +30,12 @@ from tests.unit.services.detector_kit import EYES, LABELS, paint_detector
 from tests.unit.services.engine_kit import MODEL, small_model, wait
 from tsm_core.recipes import MOTION9
 
-WIDE, HIGH, FPS, SECONDS = 192, 128, 15, 12
+WIDE, HIGH, FPS, SECONDS = 192, 128, 15, 20  # slow enough to be followed when a busy machine drops frames
 RIGHT = {"name": "right", "points": [(0.5, 0), (1, 0), (1, 1), (0.5, 1)]}
 GATE = {"name": "gate", "a": (0.3, 1), "b": (0.3, 0)}
 EYES_OPTIONS: dict[str, Any] = {"name": EYES, "zones": [RIGHT], "lines": [GATE]}
 CROPS_OPTIONS = {"name": MODEL, "where": {"objects_of": EYES, "labels": ["red"]}}
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 def picture(number: int) -> torch.Tensor:
@@ -124,10 +124,10 @@ def events(store: StateStore, kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def last_objects(store: StateStore) -> dict[str, dict[str, Any]]:
-    """What the detector last told of, by label."""
-    records = [record for record in store.scores("yard", limit=20) if "objects" in record]
-    return {one["label"]: one for one in records[-1]["objects"]} if records else {}
+def ids_in_view(store: StateStore) -> dict[str, str]:
+    """Track ids by label, of the newest frame that showed both squares."""
+    records = [record for record in store.scores("yard", limit=200) if len(record.get("objects", ())) == 2]
+    return {one["label"]: one["track_id"] for one in records[-1]["objects"]} if records else {}
 
 
 def test_objects_are_found_followed_recognised_and_keep_their_ids_when_the_stream_moves(camera, store, engines):
@@ -140,28 +140,30 @@ def test_objects_are_found_followed_recognised_and_keep_their_ids_when_the_strea
             assert (right - left, bottom - top) == pytest.approx((32, 32), abs=6)
             assert top == pytest.approx({"red": 16, "blue": 88}[one["label"]], abs=4)
     # zones and lines: the red square passes both within one turn
-    wait(lambda: any(data["crossings"] for data in events(store, ".detection.")), 30)
-    wait(lambda: any("right" in data["current_zones"] and data["label"] == "red" for data in events(store, ".det")), 30)
+    wait(lambda: any(data["crossings"] for data in events(store, ".detection.")), 60)
+    wait(lambda: any("right" in data["current_zones"] and data["label"] == "red" for data in events(store, ".det")), 60)
     crossing = next(data for data in events(store, ".detection.") if data["crossings"])
     assert (crossing["label"], crossing["crossings"][0]["line"]) == ("red", "gate")
     # the recogniser looks at the red one alone
-    wait(lambda: objects_in_view(store, MODEL) == {"red": 1}, 30)
-    red = last_objects(store)["red"]["track_id"]
-    scores = [record for record in store.scores("yard") if record["model"] == MODEL]
-    assert {record["track_id"] for record in scores} == {red}
+    wait(lambda: objects_in_view(store, MODEL) == {"red": 1}, 60)
+    records = store.scores("yard", limit=1000)
+    reds = {one["track_id"] for record in records for one in record.get("objects", ()) if one["label"] == "red"}
+    scores = [record for record in records if record["model"] == MODEL]
+    assert scores
+    assert {record["track_id"] for record in scores} <= reds
     assert scores[-1]["label"] in MOTION9.labels
 
     owner = status(store).worker  # type: ignore[union-attr]
-    ids = {label: one["track_id"] for label, one in last_objects(store).items()}
+    ids = ids_in_view(store)
     told = len(events(store, ".detection."))
     leaving = engines[str(owner)]
     leaving.drain()
-    wait(lambda: (s := status(store)) is not None and s.worker not in (None, owner) and s.state == "RUNNING", 30)
-    wait(lambda: objects_in_view(store) == {"red": 1, "blue": 1}, 30)
+    wait(lambda: (s := status(store)) is not None and s.worker not in (None, owner) and s.state == "RUNNING", 60)
+    wait(lambda: objects_in_view(store) == {"red": 1, "blue": 1}, 60)
     restored = status(store).restored  # type: ignore[union-attr]
     assert restored is not None
     assert restored.mode == "checkpoint"
-    assert last_objects(store)["blue"]["track_id"] == ids["blue"]
+    assert ids_in_view(store)["blue"] == ids["blue"]
     assert not [
         data for data in events(store, ".detection.")[told:] if data["type"] == "new" and data["label"] == "blue"
     ]
@@ -191,26 +193,25 @@ def test_a_killed_replicas_objects_keep_their_ids(camera, using, store):
     controller = Controller(store, using.controller, "c1")
     heir = new_engine(using, "heir")
     try:
-        wait(lambda: [replica.id for replica in store.replicas()] == ["doomed"], 60)
+        wait(lambda: [replica.id for replica in store.replicas()] == ["doomed"], 150)
         controller.start()
         serve(store, camera, EYES_OPTIONS)
         wait(lambda: objects_in_view(store) == {"red": 1, "blue": 1}, 60)
         number = last_frame(store)
         wait(lambda: (s := status(store)) is not None and s.checkpoint_age_s is not None, 20)
-        wait(lambda: last_frame(store) >= number + 2 * FPS, 30)  # saved since both were told
+        wait(lambda: last_frame(store) >= number + 2 * FPS, 60)  # saved since both were told
         heir.start()
         wait(lambda: len(store.replicas()) == 2, 20)
-        ids = {label: one["track_id"] for label, one in last_objects(store).items()}
+        ids = ids_in_view(store)
         assert sorted(ids) == ["blue", "red"]
 
         doomed.kill()
         doomed.wait()
-        wait(lambda: (s := status(store)) is not None and s.worker == "heir" and s.restored is not None, 30)
+        wait(lambda: (s := status(store)) is not None and s.worker == "heir" and s.restored is not None, 60)
         number = last_frame(store)
         wait(lambda: last_frame(store) >= number + FPS and objects_in_view(store) == {"red": 1, "blue": 1}, 60)
         assert status(store).restored.mode == "checkpoint"  # type: ignore[union-attr]
-        now = {label: one["track_id"] for label, one in last_objects(store).items()}
-        assert now["blue"] == ids["blue"]  # it stood still meanwhile
+        assert ids_in_view(store)["blue"] == ids["blue"]  # it stood still meanwhile
         news = [data["at"] for data in events(store, ".detection.new")]
         assert len(news) == len(set(news))  # no id is given twice
         assert news.count(ids["blue"]) == 1
