@@ -105,7 +105,9 @@ def test_a_stream_comes_alive_and_goes(visit: Visit, service, camera: SimulatorP
     live = tile.locator("img.live")
     expect(live).to_be_visible(timeout=10_000)
     first = live.evaluate(PICTURE)
-    page.wait_for_function(f"([image, first]) => ({PICTURE})(image) !== first", arg=[live.element_handle(), first])
+    # each picture is an element of its own, decoded before it takes its place
+    newest = f"({PICTURE})(document.querySelector('[data-stream=\"{stream}\"] img.live'))"
+    page.wait_for_function(f"(first) => {newest} !== first", arg=first)
     expect(tile.locator(".label")).not_to_have_text("–", timeout=10_000)
     expect(tile.locator('[data-figure="latency"]')).to_contain_text("ms", timeout=10_000)
     tile.get_by_text("Recognised", exact=True).hover()
