@@ -22,6 +22,7 @@ from pipelines.choice import BadEvaluation, find_checkpoint
 from pipelines.datasets import Part
 from pipelines.decoding import UnreadableVideo
 from pipelines.evaluate import Facts, Progress, TooManyUnreadable
+from pipelines.model_card import save_card
 from pipelines.prepare import write_whole
 from pipelines.results import machine, versions
 from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_detector, read_card
@@ -74,6 +75,7 @@ def run_box_evaluation(
     checkpoint: a model file, torchvision's weights, or the name of a model at hand (also in model_dirs). data_root:
     folder of the recipe's data set. Instead, list_file: a COCO or COCO-VID file, its pictures below `prefix` (None:
     beside it). limit: only so many videos, the first. batch: videos side by side. loaders: threads that read ahead.
+    Beside `out`, a model that was trained here gets its card: see `model_card`.
 
     Raises BadEvaluation, ModelFileError, UnknownModel, UnreadableVideo, TooManyUnreadable, NotFinite, and what opening
     the data raises.
@@ -114,7 +116,7 @@ def run_box_evaluation(
     figures, precisions = score([judged[index] for index in sorted(judged)], row.labels)
     named = {name: None if math.isnan(value) else value for name, value in figures.items()}
     classes = zip(row.labels, precisions["all"].per_class(), strict=True)
-    result = {
+    result: dict[str, Any] = {
         "recipe": row.name,
         "task": "detection",
         "checkpoint": {
@@ -159,6 +161,8 @@ def run_box_evaluation(
         },
     }
     if out is not None:
+        if card := save_card(Path(out), row, file, result):
+            result["card"] = str(card)
         write_whole(Path(out), json.dumps(result, indent=2) + "\n")
     return result
 

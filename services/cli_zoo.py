@@ -651,10 +651,7 @@ def evaluate(
     if page := result["published"]:
         shown = _score(Accuracy(page["top1"], page["top5"]))
         typer.echo(f"{page['source']} reports {shown} in its {page['setting']} setting, {page['note']}")
-    if out is not None:
-        typer.echo(f"written to {out}")
-    if "card" in result:
-        typer.echo(f"model card: {result['card']}")
+    _tell_files(result, out)
 
 
 def _tell_boxes(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
@@ -670,8 +667,14 @@ def _tell_boxes(result: dict[str, Any], out: Path | None, as_json: bool) -> None
         )
     for fault in result["skipped"][:EXAMPLES]:
         typer.echo(f"skipped: {fault['error']}")
+    _tell_files(result, out)
+
+
+def _tell_files(result: Mapping[str, Any], out: Path | None) -> None:
     if out is not None:
         typer.echo(f"written to {out}")
+    if "card" in result:
+        typer.echo(f"model card: {result['card']}")
 
 
 # training

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from pipelines.box_data import BoxVideo
+from pipelines.box_evaluate import run_box_evaluation
 from pipelines.box_judging import watch
 from pipelines.box_scoring import score
+from pipelines.model_card import card_files
 from pipelines.scene_boxes import FILMS, FIRST_SEED, sent_film
 from pipelines.scenes import KINDS
 from tsm_core.checkpoints import load_model, read_card
 from tsm_core.detector import TSMDetector
+from tsm_core.detector_recipes import DETECTOR_RECIPES
 from tsm_core.zoo import find_model
 
 NAME = "scenes_detector"
@@ -75,3 +80,15 @@ def test_card_says_how_it_was_made():
 
 def test_weights_are_small():
     assert find_model(NAME).stat().st_size <= 6_000_000
+
+
+def test_an_evaluation_leaves_a_card(tmp_path):
+    out = tmp_path / "found.json"
+    result = run_box_evaluation(DETECTOR_RECIPES[NAME], NAME, limit=1, out=out, command="tsm evaluate it")
+    text, picture = card_files(out)
+    assert result["card"] == json.loads(out.read_text())["card"] == str(text)
+    told = text.read_text()
+    assert f"| vid_all | {result['percent']['vid_all']:.2f} % |" in told
+    assert "tsm evaluate it" in told
+    assert f"]({picture.name})" in told
+    assert picture.is_file()
