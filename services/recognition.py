@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
 from typing_extensions import override
 
 from services.analytics import Analytics, Look, Record, Result, View
@@ -16,10 +15,11 @@ from services.served import Served
 from services.snapshots import ModelState, SnapshotError
 from services.stream_models import Region, StreamModel
 from tsm_core.arena import ArenaFull, Slot
+from tsm_core.crops import crop_object, crop_region
 from tsm_core.errors import ShapeError
 from tsm_core.events import ActionDetector
 from tsm_core.postprocess import new_smoother
-from tsm_core.types import Box, Frame, Scores, Track
+from tsm_core.types import Frame, Scores, Track
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Recognition(Analytics[list[float]]):
             self.smoother.reset()
             ended = self.close()
         where = self.options.where
-        picture = frame.image[(..., *_inside(frame, where.box))] if isinstance(where, Region) else frame.image
+        picture = crop_region(frame, where.box) if isinstance(where, Region) else frame.image
         return Look([View(picture, self.slot)], ended)
 
     @override
@@ -126,28 +126,6 @@ class Recognition(Analytics[list[float]]):
         return super().status().model_copy(update=self.about)
 
 
-def _inside(frame: Frame, box: tuple[float, float, float, float]) -> tuple[slice, slice]:
-    """Rows and columns of a picture inside a box of shares, at least one of each."""
-    _, height, width = frame.image.shape
-    left, top, right, bottom = box
-    x, y = min(int(left * width), width - 1), min(int(top * height), height - 1)
-    return slice(y, max(round(bottom * height), y + 1)), slice(x, max(round(right * width), x + 1))
-
-
-def surroundings(frame: Frame, xyxy: Box, margin: float) -> Tensor:
-    """The square around a box of source pixels with `margin` of its longer side on each side, uint8 (3, S, S).
-
-    A square that would reach over the picture's edge is moved inside; one larger than the picture is cut.
-    """
-    _, height, width = frame.image.shape
-    across, down = frame.to_source
-    left, top, right, bottom = xyxy[0] / across, xyxy[1] / down, xyxy[2] / across, xyxy[3] / down
-    side = max(round(max(right - left, bottom - top) * (1 + 2 * margin)), 1)
-    x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
-    x, y = max(min(x, width - side), 0), max(min(y, height - side), 0)
-    return frame.image[:, y : y + side, x : x + side]
-
-
 class ObjectRecognition(Analytics[list[float]]):
     """One recogniser on the surroundings of each tracked object: every track has a slot, scores and actions of its own.
 
@@ -186,7 +164,7 @@ class ObjectRecognition(Analytics[list[float]]):
                 continue  # not found on this very frame: its box is an old one
             recognition = self.of.get(track.track_id) or self._begin(track.track_id)
             if recognition is not None:
-                picture = surroundings(frame, track.xyxy, self.where.margin)
+                picture = crop_object(frame, track.xyxy, self.where.margin)
                 views.append(View(picture, recognition.slot, track.track_id))
         return Look(views, ended)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,21 +10,16 @@ from tsm_core.errors import ShapeError
 from tsm_core.types import Box, Frame
 
 
-def region_box(region: Sequence[float], source_size: tuple[int, int]) -> Box:
-    """The box in source pixels of a region (x1, y1, x2, y2) in shares of the picture. Raises ShapeError."""
+def crop_region(frame: Frame, region: Box) -> Tensor:
+    """The region (x1, y1, x2, y2), in shares of the picture, as uint8 (3, h, w); no copy. Raises ShapeError."""
     x1, y1, x2, y2 = region
     if not (0.0 <= x1 < x2 <= 1.0 and 0.0 <= y1 < y2 <= 1.0):
-        raise ShapeError(f"region is {tuple(region)}; give x1 < x2 and y1 < y2 as shares of the picture, 0..1")
-    width, height = source_size
-    return x1 * width, y1 * height, x2 * width, y2 * height
+        raise ShapeError(f"region is {region}; give x1 < x2 and y1 < y2 as shares of the picture, 0..1")
+    width, height = frame.source_size
+    return _cut(frame, (x1 * width, y1 * height, x2 * width, y2 * height))
 
 
-def crop_region(frame: Frame, region: Sequence[float]) -> Tensor:
-    """The region (x1, y1, x2, y2), in shares of the picture, as uint8 (3, h, w); no copy. Raises ShapeError."""
-    return _cut(frame, region_box(region, frame.source_size))
-
-
-def crop_object(frame: Frame, xyxy: Box, margin: float = 0.25) -> Tensor:
+def crop_object(frame: Frame, xyxy: Box, margin: float) -> Tensor:
     """A square around a box in source pixels, with `margin` of its longer side about it, as uint8 (3, h, w); no copy.
 
     The square is the camera's, and moves into the picture where it reaches over the edge; what is larger than the

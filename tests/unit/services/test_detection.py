@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from services.engine import Engine
-from services.recognition import surroundings
 from services.store import MemoryStore, StateStore
 from services.stream_models import StreamModel
 from tests.unit.services.detector_kit import EYES, HEIGHT, WIDTH, Painted, paint_detector, painting
@@ -30,6 +29,7 @@ from tests.unit.services.engine_kit import (
     spec,
     wait,
 )
+from tsm_core.crops import crop_object
 from tsm_core.postprocess import new_smoother
 from tsm_core.types import Frame
 
@@ -278,7 +278,7 @@ def test_a_tracked_object_is_recognised_as_if_it_had_a_stream_of_its_own():
         assert [record["frame_number"] for record in mine] == sorted(boxes)
         assert mine[0]["warmup"].startswith("0/")
         frames = [Frame("door", n, film[n], 0, 0, SIZE) for n in sorted(boxes)]
-        crops = [surroundings(frame, tuple(boxes[frame.number]), 0.25) for frame in frames]  # type: ignore[arg-type]
+        crops = [crop_object(frame, tuple(boxes[frame.number]), 0.25) for frame in frames]  # type: ignore[arg-type]
         said = alone(crops, [at_s + frame.number / FPS for frame in frames])
         for record, one in zip(mine, said, strict=True):
             same(record, one)
@@ -355,26 +355,6 @@ def test_a_region_is_recognised_as_if_it_were_the_picture():
     said = alone([image[:, 12:, :32] for image in film], [at_s + n / FPS for n in range(10)])
     for record, one in zip(records, said, strict=True):
         same(record, one)
-
-
-@pytest.mark.parametrize(
-    ("box", "expected"),
-    [
-        ((40, 30, 60, 40), (38, 23, 24, 24)),  # round the middle
-        ((0, 0, 20, 10), (0, 0, 24, 24)),  # moved inside
-        ((80, 50, 96, 64), (77, 45, 19, 19)),
-        ((0, 0, 96, 64), (0, 0, 96, 64)),  # larger than the picture: cut
-        ((90, 60, 90.2, 60.2), (89, 60, 1, 1)),  # never nothing
-    ],
-)
-def test_the_surroundings_of_a_box_lie_in_the_picture(box: Any, expected: tuple[int, int, int, int]):
-    left, top, width, height = expected
-    image = torch.arange(HEIGHT * WIDTH).remainder(251).to(torch.uint8).view(1, HEIGHT, WIDTH).repeat(3, 1, 1)
-    source = tuple(2 * side for side in box)
-    found = surroundings(Frame("door", 0, image, 0, 0, SIZE), source, 0.1)  # type: ignore[arg-type]
-    assert tuple(found.shape[1:]) == (height, width)
-    ys, xs = range(top - 1, top + 2), range(left - 1, left + 2)
-    assert any(torch.equal(found, image[:, y : y + height, x : x + width]) for y in ys for x in xs if min(x, y) >= 0)
 
 
 @pytest.mark.parametrize("boxes", [0, 1])

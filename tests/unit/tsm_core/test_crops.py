@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tsm_core.crops import crop_object, crop_region, region_box
+from tsm_core.crops import crop_object, crop_region
 from tsm_core.errors import ShapeError
 from tsm_core.types import Frame
 
@@ -46,16 +46,12 @@ def test_a_region_is_the_same_part_at_any_scale(size):
     assert bottom / size[1] == pytest.approx(0.9, abs=1 / size[1])
 
 
-def test_a_region_in_source_pixels():
-    assert region_box((0.25, 0.5, 0.75, 1.0), (400, 200)) == (100, 100, 300, 200)
-
-
 @pytest.mark.parametrize(
     "region", [(0.5, 0.0, 0.5, 1.0), (0.6, 0.0, 0.5, 1.0), (-0.1, 0, 1, 1), (0, 0, 1, 1.1), (0, float("nan"), 1, 1)]
 )
 def test_a_region_that_is_none_is_refused(region):
     with pytest.raises(ShapeError, match=r"region is .*give x1 < x2"):
-        region_box(region, (400, 200))
+        crop_region(frame_of(), region)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +90,6 @@ def test_the_crop_looks_into_the_picture():
 )
 def test_a_box_outside_is_refused(xyxy):
     with pytest.raises(ShapeError, match="is not in the picture of 400 x 200"):
-        crop_object(frame_of(), xyxy)
+        crop_object(frame_of(), xyxy, 0.25)
     with pytest.raises(ShapeError, match="margin is -1"):
         crop_object(frame_of(), (0, 0, 9, 9), -1)
