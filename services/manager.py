@@ -163,7 +163,6 @@ def describe(name: str, recipe: Recipe | DetectorRecipe, *, default: bool = Fals
             "input_px": recipe.preprocess.input_px,
             "frames_per_result": 1 if recipe.steppable else recipe.frames,
             "smoother": recipe.smoother,
-            "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3),
         }
         if not recipe.steppable:
             about |= {"window_s": recipe.window_s, "stride_s": recipe.window_stride_s}
@@ -171,6 +170,7 @@ def describe(name: str, recipe: Recipe | DetectorRecipe, *, default: bool = Fals
         name=name,
         labels=recipe.labels,
         shift=recipe.shift,
+        gmac_per_result=round(multiply_adds(recipe) / 1e9, 3),
         default=default,
         **about,
     )

@@ -166,11 +166,14 @@ def test_objects_are_a_detectors():
         manager.create(camera("a", models=tuple(map(StreamModel.model_validate, models))), check=False)
 
 
-def test_a_detector_says_what_it_is_and_whether_it_sees_the_past():
+def test_a_detector_says_what_it_is_what_a_frame_costs_and_whether_it_sees_the_past():
     shown = describe("eyes", DETECTOR_RECIPES["ssdlite320_mobilenet_v3_large"])
     assert (shown.task, shown.mode, shown.shift, shown.input_px) == ("detection", "step", "none", 320)
     assert "person" in shown.labels
-    assert describe("shapes", DETECTOR_RECIPES["moving_shapes_tsm"]).shift == "uni"
+    assert shown.gmac_per_result == pytest.approx(0.583, rel=0.02)  # as torchvision publishes it
+    sees_past, still = (describe(name, DETECTOR_RECIPES[name]) for name in ("moving_shapes_tsm", "moving_shapes_still"))
+    assert (sees_past.shift, still.shift) == ("uni", "none")
+    assert sees_past.gmac_per_result == still.gmac_per_result  # the past costs nothing
 
 
 def test_a_model_says_how_it_is_served_and_what_a_result_costs():
