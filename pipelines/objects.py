@@ -16,11 +16,14 @@ __all__ = ["ObjectAnalytics", "ObjectFilter", "ObjectRules", "ObjectRulesError"]
 
 
 class ObjectAnalytics:
-    """Filter, tracker, zones and events of one stream. Raises TrackerMissing when ByteTrack is not installed."""
+    """Filter, tracker, zones and events of one stream, whose ids end in numbers above first_number.
 
-    def __init__(self, stream_id: str, model_name: str, rules: ObjectRules) -> None:
+    Raises TrackerMissing when ByteTrack is not installed.
+    """
+
+    def __init__(self, stream_id: str, model_name: str, rules: ObjectRules, first_number: int = 0) -> None:
         self.rules = rules
-        self._tracker = ObjectTracker(stream_id, rules)
+        self._tracker = ObjectTracker(stream_id, rules, first_number)
         self._watch = ZoneWatch(rules.zones, rules.lines)
         self._reporter = ObjectReporter(stream_id, model_name, update_s=rules.update_s)
         self._crossings: dict[str, list[Crossing]] = {}  # not told yet: of objects that are not sure yet, too
@@ -63,6 +66,11 @@ class ObjectAnalytics:
         for track_id in lost:
             self._watch.forget(track_id)
         return shown, events
+
+    @property
+    def next_number(self) -> int:
+        """A first_number for one that shall give none of the ids given here."""
+        return self._tracker.next_number
 
     def close(self) -> list[ObjectEvent]:
         """End all that is open, and forget it; ids go on."""

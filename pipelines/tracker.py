@@ -149,18 +149,19 @@ class ObjectTracker:
     """Follows the objects of one stream by ByteTrack, in seconds.
 
     Strong boxes (at least min_score of their label) begin tracks and go on with them, weak ones only go on. Ids are
-    "{stream_id}:{n}", n from 1 upwards. A clock that stands or goes back counts as one more step like the last. In a
-    gap between two frames nobody looked: it counts for no more than half of max_disappeared_s, so that tracks outlast a
-    failover. Raises TrackerMissing.
+    "{stream_id}:{n}", n from first_number + 1 upwards. A clock that stands or goes back counts as one more step like
+    the last. In a gap between two frames nobody looked: it counts for no more than half of max_disappeared_s, so that
+    tracks outlast a failover. Raises TrackerMissing.
     """
 
-    def __init__(self, stream_id: str, rules: ObjectRules) -> None:
+    def __init__(self, stream_id: str, rules: ObjectRules, first_number: int = 0) -> None:
         self.stream_id = stream_id
         self.rules = rules
         self.clock_s = 0.0  # never goes back
         self._time_s: float | None = None
         self._step_s = FIRST_STEP_S
         self._byte_track = _new_byte_track(rules.max_disappeared_s)
+        self._byte_track._next_track_id = first_number
         self._followed: dict[int, _Followed] = {}
         # begun on the last frame; ByteTrack gives them an id when the next frame has them too
         self._begun: list[tuple[ByteTrackTracklet, _Followed]] = []
@@ -204,6 +205,11 @@ class ObjectTracker:
         followed = self._followed.get(int(track_id.rpartition(":")[2]) - 1)
         return followed is not None and followed.sure and self.rules.tells(followed.label(self.rules))
 
+    @property
+    def next_number(self) -> int:
+        """A first_number for a tracker that shall give none of this one's ids."""
+        return self._byte_track._next_track_id
+
     def reset(self) -> None:
         """Forget all objects; ids go on."""
         self._byte_track.tracks = []
@@ -215,7 +221,7 @@ class ObjectTracker:
             "clock_s": self.clock_s,
             "time_s": self._time_s,
             "step_s": self._step_s,
-            "next": self._byte_track._next_track_id,
+            "next": self.next_number,
             "tracklets": [
                 {
                     "number": tracklet.tracker_id,
@@ -233,11 +239,11 @@ class ObjectTracker:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`: tracks keep their ids and their motion."""
+        """Go on from a `state`: tracks keep their ids and their motion; new ones still begin at first_number."""
         from trackers.core.bytetrack.tracklet import ByteTrackTracklet
 
         self.clock_s, self._time_s, self._step_s = state["clock_s"], state["time_s"], state["step_s"]
-        self._byte_track._next_track_id = state["next"]
+        self._byte_track._next_track_id = max(state["next"], self.next_number)
         self._byte_track._last_timestamp = None if self._time_s is None else self.clock_s
         begun = [_Followed.restored(held) for held in state["begun"]]
         self._followed = {int(number): _Followed.restored(held) for number, held in state["followed"].items()}

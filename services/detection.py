@@ -22,15 +22,22 @@ from tsm_core.types import Detection, Frame, ObjectEvent, Track
 class ObjectDetection(Analytics[Boxes]):
     """One detector on one stream: its slot, and the objects that it follows.
 
-    ids begins the ids of its tracks, which must differ between the detectors of a stream.
+    ids begins the ids of its tracks, which must differ between the detectors of a stream; first_track is the number
+    below which its earlier sessions gave theirs.
     """
 
     def __init__(
-        self, served: ServedDetector, stream_id: str, options: StreamModel, max_gap_s: float, ids: str | None = None
+        self,
+        served: ServedDetector,
+        stream_id: str,
+        options: StreamModel,
+        max_gap_s: float,
+        ids: str,
+        first_track: int,
     ) -> None:
         """Allocate the slot. Raises ArenaFull."""
         super().__init__(served, stream_id, options, max_gap_s)
-        self.objects = ObjectAnalytics(ids or stream_id, served.name, options.object_rules())
+        self.objects = ObjectAnalytics(ids, served.name, options.object_rules(), first_track)
         self.shown: Sequence[Track] = ()  # those with a box on the newest frame
         self._alive: dict[str, Track] = {}
         self.slot = served.allocate()

@@ -128,6 +128,7 @@ class Engine:
         self._by_queue: dict[FrameQueue, Session] = {}
         self._outlets: dict[Session, Outlet] = {}
         self._refused: set[Session] = set()
+        self._next_tracks: dict[str, int] = {}  # of streams that were closed here: an epoch may have several sessions
         self._lock = StepLock()
         self._changing = threading.Lock()  # one change of `sessions` at a time
         self._stopping = threading.Event()
@@ -406,7 +407,13 @@ class Engine:
         try:
             with self._lock.between():
                 session = Session(
-                    spec, lease, self.served, self.settings, on_ready=self.batcher.ready, on_change=self._announce
+                    spec,
+                    lease,
+                    self.served,
+                    self.settings,
+                    on_ready=self.batcher.ready,
+                    on_change=self._announce,
+                    first_track=self._next_tracks.get(spec.id, 0),
                 )
                 session.resume(blob, before)
         except ArenaFull as error:
@@ -459,6 +466,7 @@ class Engine:
         self.batcher.leave(session.queue)
         with self._lock.between():
             ends = session.finish() if why == "stopped" else []
+            self._next_tracks[session.id] = max(session.next_track, self._next_tracks.get(session.id, 0))
             session.free()
         self.sessions.pop(session.id, None)
         self._by_queue.pop(session.queue, None)

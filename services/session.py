@@ -26,6 +26,7 @@ from tsm_core.types import Frame
 LATENCY_S = 60.0
 BLIND_S = 2.0
 RATE_S = 3.0
+TRACKS_PER_EPOCH = 1_000_000  # an object a second for eleven days
 
 
 class ModelNotLoaded(CallerError):
@@ -65,8 +66,9 @@ class Session:
         *,
         on_ready: Callable[[FrameQueue], None],
         on_change: Callable[[Session, dict[str, Any]], None],
+        first_track: int = 0,
     ) -> None:
-        """Allocate the slots. Raises ModelNotLoaded, ArenaFull."""
+        """Allocate the slots; first_track: next_track of the session before. Raises ModelNotLoaded, ArenaFull."""
         models = spec.models or (StreamModel(name=settings.engine.models[0].name),)
         self.spec = spec
         self.lease = lease
@@ -78,6 +80,8 @@ class Session:
         self.saved_s = time.monotonic()  # when the state was saved last, or the session began
         self.saved_number = -1
         self.first_number = 0
+        # a session that died may have given ids that nobody saved: each epoch has numbers of its own
+        self._first_track = max(first_track, (lease.epoch - 1) * TRACKS_PER_EPOCH)
         self.restored = Restored(mode="cold")
         self.note = ""
         self.source: SourceLike | None = None
@@ -119,7 +123,7 @@ class Session:
             if isinstance(model, ServedDetector):
                 others = any(isinstance(each, ObjectDetection) for each in self.analytics.values())
                 ids = f"{self.id}/{options.name}" if others else self.id
-                analytics = ObjectDetection(model, self.id, options, max_gap_s, ids)
+                analytics = ObjectDetection(model, self.id, options, max_gap_s, ids, self._first_track)
             elif options.of_objects is None:
                 analytics = Recognition(model, self.id, options, max_gap_s)
             else:
@@ -138,6 +142,12 @@ class Session:
     def id(self) -> str:
         """The stream's id."""
         return self.spec.id
+
+    @property
+    def next_track(self) -> int:
+        """The number below which this session and those before it gave ids to tracks; ask before `free`."""
+        detections = (each for each in self.analytics.values() if isinstance(each, ObjectDetection))
+        return max((each.objects.next_number for each in detections), default=self._first_track)
 
     # ---- beginning
 

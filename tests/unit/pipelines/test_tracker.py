@@ -251,6 +251,24 @@ def test_saved_and_restored_in_mid_film_changes_nothing(cut, seed):
     assert two.state() == whole.state()
 
 
+def test_restored_after_ids_that_nobody_saved_it_gives_none_of_them_again():
+    one, two = new_tracker(), ObjectTracker("door", ObjectRules(), first_number=100)
+    follow(one, [[found(300)]] * 5)
+    saved = json.loads(json.dumps(one.state()))
+    assert ids(follow(one, [[found(300), found(700)]] * 5, begin=5))[-1] == ["door:1", "door:2"]
+    two.restore(saved)
+    assert ids(follow(two, [[found(300), found(500)]] * 5, begin=10))[-1] == ["door:1", "door:101"]
+
+
+@pytest.mark.parametrize("first_number", [0, 3, 100])
+def test_ids_begin_above_the_first_number_and_go_on_where_they_were(first_number):
+    one, two = (ObjectTracker("door", ObjectRules(), first_number) for _ in range(2))
+    assert ids(follow(one, [[found(300)]] * 3))[-1] == [f"door:{first_number + 1}"]
+    two.restore(one.state())
+    assert two.state() == one.state()
+    assert two.next_number == first_number + 1
+
+
 def test_after_a_reset_ids_go_on():
     tracker = new_tracker()
     follow(tracker, [[found(300)]] * 3)

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from services.engine import Engine
+from services.schemas import SourceSpec
+from services.snapshots import encode_snapshot
 from services.store import MemoryStore, StateStore
 from services.stream_models import StreamModel
 from tests.unit.services.detector_kit import EYES, HEIGHT, WIDTH, Painted, paint_detector, painting
@@ -152,9 +154,56 @@ def test_a_moved_streams_objects_keep_their_ids():
         wait(lambda: len(store.scores("door")) == 20)
         ids = [[(o["track_id"], o["label"]) for o in record["objects"]] for record in store.scores("door")[10:]]
         assert ids[0] == [("door:1", "red")]
-        assert sorted(ids[-1]) == [("door:1", "red"), ("door:2", "blue")]
+        assert sorted(ids[-1]) == [("door:1", "red"), ("door:1000001", "blue")]
         assert phases(store, "door").count(("new", "door:1")) == 1
         assert not any(phase == "end" for phase, _ in phases(store, "door"))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_after_a_crash_no_id_is_given_to_another(saved: bool):
+    """The dead replica gave ids after it had saved, or never saved at all."""
+    store, at_s = MemoryStore(), time.time() - 4
+    both = painting(("red", (10, 10, 30, 30)), ("blue", (60, 10, 80, 30)))
+    with (
+        watching(store, "r1", checkpoint_interval_s=60.0) as (one, cameras),
+        watching(store, "r2") as (two, others),
+    ):
+        give(store, one, spec("door", models=(eyes(),)))
+        show(one, cameras, "door", [painting(("red", (10, 10, 30, 30)))] * 10, at_s)
+        session = one.sessions["door"]
+        snapshot = session.export()
+        assert snapshot is not None
+        show(one, cameras, "door", [both] * 6, at_s, first=10)
+        wait(lambda: ("new", "door:2") in phases(store, "door"))
+        if saved:
+            store.save(session.lease, encode_snapshot(snapshot))
+        give(store, two, spec("door", models=(eyes(),)))
+        assert two.sessions["door"].restored.mode == ("checkpoint" if saved else "cold")
+        show(two, others, "door", [both] * 6, at_s, first=16)
+        wait(lambda: len(phases(store, "door")) >= (3 if saved else 4))
+        news = [track_id for phase, track_id in phases(store, "door") if phase == "new"]
+    fresh = ["door:1000001"] if saved else ["door:1000001", "door:1000002"]
+    assert news == ["door:1", "door:2", *fresh]
+
+
+def test_a_stream_that_changes_gives_no_id_twice():
+    """Its lease stays, its state does not fit the new camera."""
+    store, at_s = MemoryStore(), time.time()
+    with watching(store) as (engine, cameras):
+        for revision in (1, 2, 3):
+            uri = f"rtsp://127.0.0.1/door{revision}"
+            changed = spec("door", models=(eyes(),)).model_copy(
+                update={"revision": revision, "source": SourceSpec(uri=uri)}
+            )
+            if revision == 1:
+                give(store, engine, changed)
+            else:
+                store.put_stream(changed, create=False)
+                wait(lambda uri=uri: cameras["door"].config.uri == uri and engine.sessions["door"].source is not None)
+            show(engine, cameras, "door", walk("red", range(0, 20, 2)), at_s)
+            wait(lambda revision=revision: len(phases(store, "door")) == revision)
+        assert {lease.epoch for lease in store.leases().values()} == {1}
+        assert phases(store, "door") == [("new", "door:1"), ("new", "door:2"), ("new", "door:3")]
 
 
 def test_after_a_gap_objects_end_where_they_were_and_ids_go_on():
