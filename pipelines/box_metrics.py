@@ -109,20 +109,11 @@ def match(objects: Objects, counted: Bools, found: Found) -> NDArray[np.int8]:
     return verdict
 
 
-def average_precision(scores: Reals, verdicts: NDArray[np.int8], objects: float, weights: Reals | None = None) -> float:
-    """Area under precision over recall, at all points, precision made monotone; NaN where there are no objects.
-
-    scores, verdicts (M,) of all detections of one class, free ones among them; weights: how often each counts.
-    """
-    if not objects > 0:
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    weight = np.ones(len(scores)) if weights is None else weights
-    return area((verdicts == RIGHT)[order] * weight[order], (verdicts == WRONG)[order] * weight[order], objects)
-
-
 def area(right: Reals, wrong: Reals, objects: float) -> float:
-    """Average precision of detections in falling order of their scores, as so many right and so many wrong each."""
+    """Average precision of detections in falling order of their scores, as so many right and so many wrong each.
+
+    That is the area under precision over recall, at all points, with precision made monotone.
+    """
     hits = np.cumsum(right)
     told = hits + np.cumsum(wrong)
     precision = np.divide(hits, told, out=np.zeros_like(hits), where=told > 0)

@@ -290,10 +290,6 @@ class Scene:
         """Intervals {label, start_frame, end_frame} of the frames [0, until_frame), end exclusive, without gaps."""
         return self.timeline.intervals(until_frame)
 
-    def pieces_at(self, number: int) -> list[Piece]:
-        """Where the object shows in frame `number`, most visible first."""
-        return self.look.pieces(self.timeline.pose_at(number))
-
 
 @dataclass(frozen=True, slots=True)
 class ClipBatch:

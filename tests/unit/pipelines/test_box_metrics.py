@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipelines.box_data import BadBoxes, Objects
-from pipelines.box_metrics import Found, average_precision, match, motion, overlaps, thresholds
+from pipelines.box_metrics import RIGHT, WRONG, Found, area, match, motion, overlaps, thresholds
 
 
 def found(*rows: tuple[float, ...]) -> Found:
@@ -96,28 +96,22 @@ def test_counted_objects_come_before_ignored_ones():
 
 def test_average_precision_by_hand():
     # precision 1, 1/2, 2/3, 2/4, 3/5 at recall 1/4, 1/4, 2/4, 2/4, 3/4; one object is never found
-    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.55])
-    hits = np.array([1, 0, 1, 0, 1, -1], np.int8)
-    assert average_precision(scores, hits, 4) == pytest.approx((1 + 2 / 3 + 3 / 5) / 4)
-    shuffled = np.random.default_rng(0).permutation(6)
-    assert average_precision(scores[shuffled], hits[shuffled], 4) == pytest.approx((1 + 2 / 3 + 3 / 5) / 4)
+    right, wrong = np.array([1.0, 0, 1, 0, 0, 1]), np.array([0.0, 1, 0, 1, 0, 0])  # the fifth is free
+    assert area(right, wrong, 4) == pytest.approx((1 + 2 / 3 + 3 / 5) / 4)
     # a later, higher precision counts for the recall before it
-    assert average_precision(np.array([3.0, 2.0, 1.0]), np.array([0, 1, 1], np.int8), 2) == pytest.approx(2 / 3)
-
-
-def test_average_precision_of_nothing():
-    assert np.isnan(average_precision(np.array([0.5]), np.array([0], np.int8), 0))
-    assert average_precision(np.empty(0), np.empty(0, np.int8), 3) == 0
+    assert area(np.array([0.0, 1, 1]), np.array([1.0, 0, 0]), 2) == pytest.approx(2 / 3)
+    assert area(np.empty(0), np.empty(0), 3) == 0
 
 
 def test_weights_count_as_repetition():
     rng = np.random.default_rng(1)
-    scores, hits, weights = rng.permutation(20) / 20, rng.integers(-1, 2, 20).astype(np.int8), rng.integers(0, 3, 20)
+    hits, weights = rng.integers(-1, 2, 20), rng.integers(0, 3, 20)
+    right, wrong = (hits == RIGHT).astype(float), (hits == WRONG).astype(float)
     # of each repeated detection the right ones come first, as one that counts twice
     again = np.repeat(np.arange(20), weights)
-    found_twice = average_precision(scores[again], hits[again], 30)
-    assert average_precision(scores, hits, 30, weights.astype(float)) == pytest.approx(found_twice, abs=0.02)
-    assert average_precision(scores, hits, 15) == average_precision(scores, hits, 30, np.full(20, 2.0))
+    found_twice = area(right[again], wrong[again], 30)
+    assert area(right * weights, wrong * weights, 30) == pytest.approx(found_twice, abs=0.02)
+    assert area(right, wrong, 15) == area(2 * right, 2 * wrong, 30)
 
 
 def test_detections_that_are_no_numbers_are_told():
