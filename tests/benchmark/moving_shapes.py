@@ -33,6 +33,7 @@ from pipelines.box_judging import watch
 from pipelines.box_metrics import Bools, Found, Reals, overlaps
 from pipelines.box_scoring import SPEEDS, Choose, Judged, VideoPrecision, compare, score
 from pipelines.moving_shapes import IGNORE_BELOW, SHAPES, MovingShapes
+from pipelines.results import versions
 from tests.benchmark.run import RESULTS, machine
 from tsm_core.checkpoints import load_model, read_card, save_model
 from tsm_core.detector import TSMDetector
@@ -342,6 +343,7 @@ def write(runs: Sequence[Mapping[str, Any]], gaps: Sequence[Mapping[str, Any]]) 
         "title": "moving-shapes: AP50 of a detector with temporal shift and without, same network and budget",
         "command": COMMAND,
         "machine": machine(),
+        "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
         "table": table(runs, gaps),
         "runs": runs,
