@@ -61,7 +61,10 @@ class ShiftedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x (frames, C, H, W), shifted as the running pass says."""
-        return super().forward(running.get().shift(self.layer, x, self.fold_div))
+        how = running.get()
+        out = super().forward(how.shift(self.layer, x, self.fold_div))
+        how.unshift(self.layer, x)
+        return out
 
     def extra_repr(self) -> str:
         """Conv2d's, and the shift."""

@@ -107,7 +107,7 @@ class TSMDetector(nn.Module):
         if tuple(frames.shape) != expected:
             raise ShapeError(f"frames must be {expected} for {len(slots)} slots, got {tuple(frames.shape)}")
         held = arena.gather(slots)
-        how = StepPass(held.layers, held.fresh)
+        how = StepPass(held.layers, held.fresh, in_place=True)
         with passing(how):
             dense = self._dense(frames)
         arena.scatter(slots, how.next_held)

@@ -102,7 +102,7 @@ class TSM(nn.Module):
             expected = (len(slots), *self._frame_shape)
             raise ShapeError(f"frames must be {expected} for {len(slots)} slots, got {tuple(frames.shape)}")
         held = arena.gather(slots)
-        how = StepPass(held.layers, held.fresh)
+        how = StepPass(held.layers, held.fresh, in_place=True)
         logits = run(self.net, frames, how)
         arena.scatter(slots, how.next_held)
         return logits

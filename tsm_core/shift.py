@@ -96,6 +96,9 @@ class Pass(Protocol):
     def shift(self, layer: int, x: Tensor, fold_div: int) -> Tensor:
         """The input of shifted layer `layer` after the shift; x (frames, C, H, W)."""
 
+    def unshift(self, layer: int, x: Tensor) -> None:
+        """Make x what it was before `shift`, once the layer has read it."""
+
 
 # The call in progress, for the layers inside. Set for one call of one network in one thread (see `backbones.run`).
 running: ContextVar[Pass] = ContextVar("tsm_pass")
@@ -112,17 +115,23 @@ class ClipPass:
         clip = x.view(-1, self.frames, *x.shape[1:])  # (N, T, C, H, W)
         return shift_clip(clip, fold_div, self.mode, self.start).flatten(0, 1)
 
+    def unshift(self, layer: int, x: Tensor) -> None:
+        """Nothing: x is as it was."""
+
 
 class StepPass:
     """A call over single frames: reads `held`, one tensor per shifted layer, and collects `next_held`.
 
     fresh (N,) bool marks frames that have no past and read their own channels instead; None: `held` has it all.
+    in_place: the past lies in the frame's channels while the layer reads them, where a copy of the frame would cost
+    more than the shift itself; not for gradients.
     """
 
     frames = 1
 
-    def __init__(self, held: Sequence[Tensor], fresh: Tensor | None = None) -> None:
+    def __init__(self, held: Sequence[Tensor], fresh: Tensor | None = None, in_place: bool = False) -> None:
         self.held = held
+        self._in_place = in_place
         self.next_held: list[Tensor] = list(held)
         self._fresh = None if fresh is None else fresh.view(-1, 1, 1, 1)
 
@@ -131,8 +140,19 @@ class StepPass:
         held = self.held[layer]
         if self._fresh is not None:
             held = torch.where(self._fresh, x[:, : held.shape[1]], held.to(x.dtype))
+        if self._in_place:
+            now = x[:, : held.shape[1]]
+            self.next_held[layer] = now.clone()
+            now.copy_(held)
+            return x
         shifted, self.next_held[layer] = shift_step(x, held)
         return shifted
+
+    def unshift(self, layer: int, x: Tensor) -> None:
+        """Put the frame's own channels back."""
+        if self._in_place:
+            own = self.next_held[layer]
+            x[:, : own.shape[1]] = own
 
 
 class MeasurePass:
@@ -147,3 +167,6 @@ class MeasurePass:
         """The input as it is."""
         self.spec.append((x.shape[1] // fold_div, x.shape[2], x.shape[3]))
         return x
+
+    def unshift(self, layer: int, x: Tensor) -> None:
+        """Nothing: x is as it was."""
