@@ -131,13 +131,13 @@ def crowded(dense: Dense) -> Dense:
     return Dense(dense.features, {**dense.outputs, "cls_logits": logits})
 
 
-def bench_detector_step(rounds: int = 9) -> list[list[object]]:
+def bench_detector_step() -> list[list[object]]:
     """One step of eight streams with shift and without, and the boxes of those frames, noise all of them."""
     rows: list[list[object]] = []
-    for name, size, calls in (
-        ("moving_shapes_tsm", (96, 96), 4),
-        ("ssdlite320_mobilenet_v3_large_uni", (320, 320), 2),
-        ("fcos_resnet50_fpn_uni", (192, 320), 1),
+    for name, size, rounds in (
+        ("moving_shapes_tsm", (96, 96), 61),
+        ("ssdlite320_mobilenet_v3_large_uni", (320, 320), 21),
+        ("fcos_resnet50_fpn_uni", (192, 320), 5),
     ):
         recipe = replace(DETECTOR_RECIPES[name], input_size=size)
         model = build_detector(recipe)
@@ -152,16 +152,12 @@ def bench_detector_step(rounds: int = 9) -> list[list[object]]:
             dense = model.step(frames, arenas[model], slots[model])
             full = crowded(dense)
             found = sum(map(len, model.detect(full))) / STREAMS
-            ms = alternate(
-                {
-                    "still": partial(still.step, frames, arenas[still], slots[still]),
-                    "shifted": partial(model.step, frames, arenas[model], slots[model]),
-                    "boxes": partial(model.detect, dense),
-                    "crowded": partial(model.detect, full),
-                },
-                rounds,
-                calls,
-            )
+            steps = {
+                "still": partial(still.step, frames, arenas[still], slots[still]),
+                "shifted": partial(model.step, frames, arenas[model], slots[model]),
+            }
+            boxes = {"boxes": partial(model.detect, dense), "crowded": partial(model.detect, full)}
+            ms = {**alternate(steps, rounds, 1), **alternate(boxes, rounds, 1)}
         each = {side: value / STREAMS for side, value in ms.items()}
         rows.append(
             [
@@ -194,12 +190,12 @@ def bench_demo() -> list[list[object]]:
     ]
 
 
-def write(name: str, title: str, table: list[list[object]]) -> None:
+def write(name: str, title: str, table: list[list[object]], command: str = COMMAND) -> None:
     """One result file, with its command and machine."""
     RESULTS.mkdir(exist_ok=True)
     result = {
         "title": title,
-        "command": COMMAND,
+        "command": command,
         "machine": machine(),
         "date": datetime.now(UTC).date().isoformat(),
         "table": table,
@@ -226,6 +222,7 @@ def detectors() -> None:
             ],
             *bench_detector_step(),
         ],
+        "python -m tests.benchmark.run detectors",
     )
 
 
