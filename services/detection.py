@@ -15,8 +15,8 @@ from services.schemas import ModelStatus, object_event, objects_record
 from services.served import ServedDetector
 from services.snapshots import ModelState, SnapshotError
 from services.stream_models import StreamModel
-from tsm_core.boxes import Boxes, detections_of, letterbox_of
-from tsm_core.types import Detection, Frame, ObjectEvent, Track
+from tsm_core.boxes import Boxes, detections_on
+from tsm_core.types import Frame, ObjectEvent, Track
 
 
 class ObjectDetection(Analytics[Boxes]):
@@ -60,7 +60,8 @@ class ObjectDetection(Analytics[Boxes]):
     def update(self, view: View, output: Boxes, frame: Frame, warmup: tuple[int, int] | None = None) -> Result:
         self.results += 1
         at = frame.number, frame.pts_s, frame.time_s, frame.source_size
-        self.shown, events = self.objects.update(self._detections(output, frame), *at)
+        found = detections_on(frame, output, self.served.recipe.labels, self.served.model.input_size)
+        self.shown, events = self.objects.update(found, *at)
         self._alive.update((track.track_id, track) for track in self.shown)
         seen = warmup or self.served.warmup(self.slot)
         record = objects_record(self.stream_id, self.served.name, *at, self.shown, seen)
@@ -108,23 +109,6 @@ class ObjectDetection(Analytics[Boxes]):
             if event.phase == "end":
                 self._alive.pop(event.track_id, None)
         return [object_event(replace(event, stream_id=self.stream_id)) for event in events]
-
-    def _detections(self, boxes: Boxes, frame: Frame) -> list[Detection]:
-        """What was found, in source pixels."""
-        _, height, width = frame.image.shape
-        found = detections_of(
-            boxes,
-            self.served.recipe.labels,
-            letterbox_of((width, height), self.served.model.input_size),
-            (width, height),
-        )
-        if frame.source_size == (width, height):
-            return found
-        across, down = frame.to_source
-        return [
-            replace(one, xyxy=(one.xyxy[0] * across, one.xyxy[1] * down, one.xyxy[2] * across, one.xyxy[3] * down))
-            for one in found
-        ]
 
 
 def _track_of(values: dict[str, Any]) -> Track:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tsm_core.errors import ShapeError
-from tsm_core.types import Detection
+from tsm_core.types import Detection, Frame
 
 Size = tuple[int, int]
 
@@ -115,3 +115,20 @@ def detections_of(boxes: Boxes, labels: Sequence[str], letterbox: Letterbox, sou
     fine &= boxes.scores.isfinite()
     kept = torch.cat([xyxy, boxes.scores[:, None].float(), boxes.labels[:, None].float()], dim=1)[fine].tolist()
     return [Detection(labels[int(label)], score, (x1, y1, x2, y2)) for x1, y1, x2, y2, score, label in kept]
+
+
+def detections_on(frame: Frame, boxes: Boxes, labels: Sequence[str], input_size: Size) -> list[Detection]:
+    """What was found on a stream's frame, in pixels of its source, whatever size the decoder made of it.
+
+    input_size (height, width) of the detector that found the boxes.
+    """
+    _, height, width = frame.image.shape
+    size = (width, height)
+    found = detections_of(boxes, labels, letterbox_of(size, input_size), size)
+    if frame.source_size == size:
+        return found
+    across, down = frame.to_source
+    return [
+        replace(one, xyxy=(one.xyxy[0] * across, one.xyxy[1] * down, one.xyxy[2] * across, one.xyxy[3] * down))
+        for one in found
+    ]

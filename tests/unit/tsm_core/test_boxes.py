@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tsm_core.boxes import Boxes, cleaned, detections_of, letterbox_of, letterboxed
+from tsm_core.boxes import Boxes, cleaned, detections_of, detections_on, letterbox_of, letterboxed
 from tsm_core.errors import ShapeError
+from tsm_core.types import Frame
 
 NAN, INF = float("nan"), float("inf")
 SOURCES = [(1280, 720), (320, 320), (720, 1280), (33, 200), (1, 1), (4000, 3)]
@@ -78,6 +79,16 @@ def test_no_boxes_are_no_detections():
     none = Boxes(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     assert len(none) == 0
     assert detections_of(none, ("a",), letterbox_of((9, 9), (96, 96)), (9, 9)) == []
+
+
+@pytest.mark.parametrize("decoded", [(100, 50), (400, 200), (100, 100)])
+def test_detections_do_not_depend_on_the_decoders_size(decoded):
+    width, height = decoded
+    frame = Frame("s", 0, torch.zeros(3, height, width, dtype=torch.uint8), 0.0, 0.0, source_size=(400, 200))
+    in_picture = torch.tensor([[0.25, 0.2, 0.75, 0.8]]) * torch.tensor([width, height, width, height])
+    boxes = Boxes(letterbox_of(decoded, (96, 96)).to_input(in_picture), torch.tensor([0.9]), torch.tensor([0]))
+    (found,) = detections_on(frame, boxes, ("a",), (96, 96))
+    assert found.xyxy == pytest.approx((100, 40, 300, 160), abs=1e-2)
 
 
 def test_boxes_check_themselves():
