@@ -21,8 +21,9 @@ from typer.core import TyperGroup
 from services.cli_zoo import PASSED_ON, data_app, evaluate, model_folders, models_app, recipes_app, train
 from services.settings import load_settings
 from services.tables import print_table
-from tsm_core.checkpoints import load_recogniser
+from tsm_core.checkpoints import load_model
 from tsm_core.errors import CallerError, TSMError, WorldError
+from tsm_core.types import ObjectEvent
 from tsm_core.zoo import find_model
 
 EXIT_CALLER, EXIT_WORLD, EXIT_INTERRUPTED = 2, 3, 130
@@ -159,36 +160,47 @@ def demo(
 def infer(
     file: Annotated[Path, typer.Argument(help="video file")],
     model: Annotated[str, typer.Option("--model", help="name of the model")] = "motion9",
-    as_json: Annotated[bool, typer.Option("--json", help="print every score and event as one JSON line")] = False,
-    annotate: Annotated[Path | None, typer.Option(help="write an MP4 with labels, scores and events on it")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print what each frame gave, and every event, as JSON lines")
+    ] = False,
+    annotate: Annotated[Path | None, typer.Option(help="write an MP4 with what was found drawn on it")] = None,
 ) -> None:
-    """Recognise actions in a file, the same way as on a stream, without a service."""
+    """Recognise actions or follow objects in a file, the same way as on a stream, without a service."""
     import torch
 
-    from pipelines.infer import infer_file
-    from services.schemas import cloud_event, score_record
+    from pipelines.infer import infer_file, title_of
+    from services.schemas import cloud_event, object_event, objects_record, score_record
 
     # threads that wait for one another cost minutes on a busy machine
     settings = load_settings()
     torch.set_num_threads(settings.engine.threads)
-    network = load_recogniser(find_model(model, None, model_folders(settings))).for_inference()
-    frames = actions = 0
+    network = load_model(find_model(model, None, model_folders(settings))).for_inference()
+    frames, found, what = 0, 0, "actions"
     for result in infer_file(file, network, name=model, annotate=annotate):
         frames += 1
-        actions += sum(event.phase == "new" for event in result.events)
-        if as_json:
-            if result.scores is not None:
-                at = (result.frame_number, result.pts_s, result.time_s)
-                typer.echo(json.dumps({"type": "score", "score": score_record("file", model, *at, result.scores)}))
-            for event in result.events:
-                typer.echo(json.dumps({"type": "event", "event": cloud_event(event)}))
-            continue
+        found += sum(event.phase == "new" for event in result.events)
+        at = (result.frame_number, result.pts_s, result.time_s)
+        record: dict[str, Any] | None = None
+        if result.scores is not None:
+            record = score_record("file", model, *at, result.scores)
+        if result.objects is not None:
+            what, seen = "objects", result.objects
+            record = objects_record("file", model, *at, seen.source_size, seen.tracks, seen.warmup)
+        if as_json and record is not None:
+            typer.echo(json.dumps({"type": "score", "score": record}))
         for event in result.events:
-            if event.phase == "end":
-                length = f"{event.start_time_s:8.2f} - {event.frame_time_s:8.2f} s"
-                typer.echo(f"{length}  {event.label:<18} {event.top_score:.2f}")
+            if isinstance(event, ObjectEvent):
+                told, score = object_event(event), event.after.top_score
+                began_s, until_s = event.after.start_time_s, event.after.time_s  # it is gone some time later
+            else:
+                told, score = cloud_event(event), event.top_score
+                began_s, until_s = event.start_time_s, event.frame_time_s
+            if as_json:
+                typer.echo(json.dumps({"type": "event", "event": told}))
+            elif event.phase == "end":
+                typer.echo(f"{began_s:8.2f} - {until_s:8.2f} s  {title_of(event):<18} {score:.2f}")
     if not as_json:
-        typer.echo(f"{frames} frames, {actions} actions{f'; written to {annotate}' if annotate else ''}")
+        typer.echo(f"{frames} frames, {found} {what}{f'; written to {annotate}' if annotate else ''}")
 
 
 # streams

@@ -206,16 +206,19 @@ def test_doctor_says_what_is_there_and_what_is_not(tmp_path: Path):
     assert CANARY not in result.output
 
 
-def test_infer_tells_a_film_without_a_service(tmp_path: Path):
-    film, shown = tmp_path / "film.mp4", tmp_path / "shown.mp4"
-    scene = Scene(3, fps=15)
-    with av.open(str(film), "w") as container:
+def write_film(path: Path, scene: Scene, frames: int) -> Path:
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=15)
         stream.width = stream.height = 320
         stream.pix_fmt = "yuv420p"
-        for number in range(60):
+        for number in range(frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(scene.frame(number), format="rgb24")))
         container.mux(stream.encode())
+    return path
+
+
+def test_infer_tells_a_film_without_a_service(tmp_path: Path):
+    film, shown = write_film(tmp_path / "film.mp4", Scene(3, fps=15), 60), tmp_path / "shown.mp4"
     runner = CliRunner()
     result = runner.invoke(app, ["infer", str(film), "--json", "--annotate", str(shown)])
     assert result.exit_code == 0, result.output
@@ -225,3 +228,25 @@ def test_infer_tells_a_film_without_a_service(tmp_path: Path):
     assert "60 frames" in runner.invoke(app, ["infer", str(film)]).stdout
     missing = runner.invoke(app, ["infer", str(tmp_path / "none.mp4")])
     assert (missing.exit_code, "(reason: " in missing.stderr) == (2, True)
+
+
+def test_infer_tells_objects_as_the_service_does(tmp_path: Path):
+    film, shown = write_film(tmp_path / "film.mp4", Scene(80_000, fps=15), 20), tmp_path / "shown.mp4"
+    runner = CliRunner()
+    command = ["infer", str(film), "--model", "scenes_detector"]
+    result = runner.invoke(app, [*command, "--json", "--annotate", str(shown)])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    records = [line["score"] for line in lines if line["type"] == "score"]
+    assert [record["frame_number"] for record in records] == list(range(20))
+    assert all(record["size"] == [320, 320] for record in records)
+    (found,) = records[-1]["objects"]
+    assert (found["track_id"], found["label"], len(found["box"])) == ("file:1", "badge", 4)
+    events = [line["event"] for line in lines if line["type"] == "event"]
+    assert (events[0]["type"], events[-1]["type"]) == ("tsm.v1.detection.new", "tsm.v1.detection.end")
+    assert {event["subject"] for event in events} == {"file:1"}
+    assert events[-1]["data"]["box"] == found["box"]
+    assert shown.stat().st_size > 10_000
+    said = runner.invoke(app, command).stdout.splitlines()
+    assert "badge #1" in said[0]
+    assert said[-1] == "20 frames, 1 objects"
