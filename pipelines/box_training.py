@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines.box_data import BoxVideo, BoxVideos
 from pipelines.decoding import UnreadableVideo
-from pipelines.training_data import REPLACEMENTS, NothingReadable, Place, let_pass
+from pipelines.training_data import REPLACEMENTS, NothingReadable, Place, let_pass, side_by_side
 from tsm_core.boxes import letterbox_of, letterboxed
 from tsm_core.detector_recipes import BoxTraining
 from tsm_core.errors import TSMError
@@ -176,10 +176,7 @@ def collate(found: Sequence[BoxClip | TSMError]) -> BoxBatch:
     if len(clips) < len(found):
         error = next(each for each in found if isinstance(each, TSMError))
         return BoxBatch(torch.empty(0), [], torch.empty(0), torch.empty(0), torch.empty(0), [], error)
-    frames, _, height, width = clips[0].pixels.shape
-    pixels = torch.empty(len(clips), frames, height, width, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-    for place, clip in enumerate(clips):
-        pixels[place] = clip.pixels
+    pixels = side_by_side([clip.pixels for clip in clips])
     boxes = [each for clip in clips for each in clip.boxes]
     return BoxBatch(
         pixels,

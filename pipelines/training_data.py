@@ -339,11 +339,17 @@ def collate(found: Sequence[_Item | TSMError]) -> Batch:
     if len(items) < len(found):
         error = next(each for each in found if isinstance(each, TSMError))
         return Batch(torch.empty(0), torch.empty(0), [], error)
-    frames, _, height, width = items[0].pixels.shape
-    pixels = torch.empty(len(items), frames, height, width, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-    for place, item in enumerate(items):
-        pixels[place] = item.pixels
+    pixels = side_by_side([item.pixels for item in items])
     return Batch(pixels, torch.tensor([item.label for item in items]), [why for item in items for why in item.replaced])
+
+
+def side_by_side(clips: Sequence[Tensor]) -> Tensor:
+    """Clips uint8 (T, 3, H, W) of one shape as (N, T, 3, H, W) whose colours lie side by side in memory."""
+    frames, _, height, width = clips[0].shape
+    pixels = torch.empty(len(clips), frames, height, width, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    for place, clip in enumerate(clips):
+        pixels[place] = clip
+    return pixels
 
 
 def let_pass(_: int) -> None:
