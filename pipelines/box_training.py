@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pipelines.box_data import BoxVideo, BoxVideos
 from pipelines.decoding import UnreadableVideo
-from pipelines.training_data import REPLACEMENTS, NothingReadable, Place, let_pass, side_by_side
+from pipelines.training_data import REPLACEMENTS, NothingReadable, Place, read_ahead, side_by_side
 from tsm_core.boxes import letterbox_of, letterboxed
 from tsm_core.detector_recipes import BoxTraining
 from tsm_core.errors import TSMError
@@ -190,14 +190,4 @@ def collate(found: Sequence[BoxClip | TSMError]) -> BoxBatch:
 
 def load_boxes(clips: BoxClips, places: Iterator[list[Place]], loaders: int, *, pin: bool) -> Iterator[BoxBatch]:
     """A BoxBatch for each list of places, read ahead by so many processes."""
-    if not loaders:
-        return (collate([clips[place] for place in batch]) for batch in places)
-    loader: DataLoader[BoxClip | TSMError] = DataLoader(
-        clips,
-        batch_sampler=places,
-        num_workers=loaders,
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=let_pass,
-    )
-    return iter(loader)
+    return read_ahead(clips, places, loaders, collate, pin=pin)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from tsm_core.recipes import CLIPS, Recipe, Views
 REPLACEMENTS = 20  # videos tried in place of one that cannot be read
 AUGMENTERS = 32  # some draws are made once per augmenter, as the originals make them once per loading process
 STOPS = (signal.SIGINT, signal.SIGTERM)
+
+Read = TypeVar("Read")
 
 Augment = Callable[[Tensor, int, np.random.Generator], tuple[Tensor, int]]  # frames, label -> pixels, label
 
@@ -371,19 +373,21 @@ def let_pass(_: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def load_batches(clips: AugmentedClips, places: Iterator[list[Place]], loaders: int, *, pin: bool) -> Iterator[Batch]:
-    """A Batch for each list of places, read ahead by so many processes."""
+def read_ahead(
+    clips: Dataset[Any], places: Iterator[list[Place]], loaders: int, merge: Callable[[list[Any]], Read], *, pin: bool
+) -> Iterator[Read]:
+    """What `merge` makes of the clips of each list of places, read ahead by so many processes."""
     if not loaders:
-        return (collate([clips[place] for place in batch]) for batch in places)
-    loader: DataLoader[_Item | TSMError] = DataLoader(
-        clips,
-        batch_sampler=places,
-        num_workers=loaders,
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=let_pass,
+        return (merge([clips[place] for place in batch]) for batch in places)
+    loader: DataLoader[Any] = DataLoader(
+        clips, batch_sampler=places, num_workers=loaders, collate_fn=merge, pin_memory=pin, worker_init_fn=let_pass
     )
     return iter(loader)
+
+
+def load_batches(clips: AugmentedClips, places: Iterator[list[Place]], loaders: int, *, pin: bool) -> Iterator[Batch]:
+    """A Batch for each list of places, read ahead by so many processes."""
+    return read_ahead(clips, places, loaders, collate, pin=pin)
 
 
 class Judged(NamedTuple):
