@@ -23,7 +23,7 @@ from ray.serve.schema import LoggingConfig
 from services.controller import Controller
 from services.embedded import EmbeddedValkey
 from services.engine import Engine
-from services.http_api import http_app
+from services.http.app import http_app
 from services.manager import StreamManager, served_models
 from services.settings import Settings, SettingsError, StoreSettings, load_settings
 from services.store import open_store

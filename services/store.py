@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -200,6 +201,20 @@ class StateStore(Protocol):
     def metrics(self) -> dict[str, str]:
         """Metrics by replica."""
 
+    def document(self, kind: str, key: str) -> str | None:
+        """A small text of a kind (tokens, jobs, marks of readers, ...); None where there is none."""
+
+    def documents(self, kind: str) -> dict[str, str]:
+        """All texts of a kind, sorted by key."""
+
+    def put_document(self, kind: str, key: str, text: str, ttl_s: float | None = None) -> None:
+        """Write a text, over what was there; with `ttl_s` it vanishes after so many seconds."""
+
+    def swap_document(
+        self, kind: str, key: str, before: str | None, after: str | None, ttl_s: float | None = None
+    ) -> bool:
+        """Replace a text only if it is still `before` (None: is not there); `after` None deletes. True when done."""
+
     def ping(self) -> None:
         """Return when the store answers. Raises StoreDown."""
 
@@ -263,6 +278,7 @@ class MemoryStore(StateStore):
         self._previews: _Expiring[tuple[int, bytes]] = _Expiring()
         self._watched: _Expiring[bool] = _Expiring()
         self._metrics: _Expiring[str] = _Expiring()
+        self._documents: dict[str, _Expiring[str]] = {}
 
     @override
     def put_stream(self, spec: StreamSpec, *, create: bool) -> None:
@@ -478,6 +494,35 @@ class MemoryStore(StateStore):
             return self._metrics.live()
 
     @override
+    def document(self, kind: str, key: str) -> str | None:
+        return self.documents(kind).get(key)
+
+    @override
+    def documents(self, kind: str) -> dict[str, str]:
+        with self._lock:
+            return self._documents[kind].live() if kind in self._documents else {}
+
+    @override
+    def put_document(self, kind: str, key: str, text: str, ttl_s: float | None = None) -> None:
+        with self._lock:
+            texts = self._documents.setdefault(kind, _Expiring())
+            texts.pop(key)
+            texts.put(key, text, math.inf if ttl_s is None else ttl_s)
+
+    @override
+    def swap_document(
+        self, kind: str, key: str, before: str | None, after: str | None, ttl_s: float | None = None
+    ) -> bool:
+        with self._lock:
+            if self.document(kind, key) != before:
+                return False
+            if after is not None:
+                self.put_document(kind, key, after, ttl_s)
+            elif kind in self._documents:
+                self._documents[kind].pop(key)
+            return True
+
+    @override
     def ping(self) -> None:
         return
 
@@ -634,6 +679,33 @@ for _, key in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now)) do
   redis.call('ZREM', KEYS[2], key)
 end
 return redis.call('HGETALL', KEYS[1])
+""")
+
+GET_DOCUMENT = Script("""
+-- KEYS texts, ends. ARGV key
+local clock = redis.call('TIME')
+local ends = redis.call('ZSCORE', KEYS[2], ARGV[1])
+if ends and tonumber(ends) <= clock[1] * 1000 + math.floor(clock[2] / 1000) then return false end
+return redis.call('HGET', KEYS[1], ARGV[1])
+""")
+
+SWAP_DOCUMENT = Script("""
+-- KEYS texts, ends. ARGV key, ttl in ms or empty, "put", "is" or "absent", text before, text after (left out: delete)
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local ends = redis.call('ZSCORE', KEYS[2], ARGV[1])
+local held = redis.call('HGET', KEYS[1], ARGV[1])
+if ends and tonumber(ends) <= now then held = false end
+if ARGV[3] == 'absent' and held then return 0 end
+if ARGV[3] == 'is' and held ~= ARGV[4] then return 0 end
+redis.call('ZREM', KEYS[2], ARGV[1])
+if ARGV[5] == nil then
+  redis.call('HDEL', KEYS[1], ARGV[1])
+  return 1
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[5])
+if ARGV[2] ~= '' then redis.call('ZADD', KEYS[2], string.format('%d', now + ARGV[2]), ARGV[1]) end
+return 1
 """)
 
 
@@ -896,6 +968,27 @@ class RedisStore(StateStore):
         return {replica_id: text.decode() for replica_id, text in self._get_expiring("metrics").items()}
 
     @override
+    def document(self, kind: str, key: str) -> str | None:
+        name = self._key("documents", kind)
+        raw: bytes | None = self._run(GET_DOCUMENT, [name, f"{name}:ends"], [key])
+        return raw.decode() if raw is not None else None
+
+    @override
+    def documents(self, kind: str) -> dict[str, str]:
+        return {key: raw.decode() for key, raw in self._get_expiring(f"documents:{kind}").items()}
+
+    @override
+    def put_document(self, kind: str, key: str, text: str, ttl_s: float | None = None) -> None:
+        self._swap(kind, key, ["put", "", text], ttl_s)
+
+    @override
+    def swap_document(
+        self, kind: str, key: str, before: str | None, after: str | None, ttl_s: float | None = None
+    ) -> bool:
+        known = "absent" if before is None else "is"
+        return self._swap(kind, key, [known, before or "", *([] if after is None else [after])], ttl_s)
+
+    @override
     def ping(self) -> None:
         for client in (self._main, self._states):
             with self._world(client):
@@ -947,6 +1040,11 @@ class RedisStore(StateStore):
 
     def _get_expiring(self, name: str) -> dict[str, bytes]:
         return _pairs(self._run(GET_EXPIRING, [self._key(name), self._key(name, "ends")], []))
+
+    def _swap(self, kind: str, key: str, change: list[str], ttl_s: float | None) -> bool:
+        name = self._key("documents", kind)
+        ttl_ms = "" if ttl_s is None else int(1000 * ttl_s)
+        return bool(self._run(SWAP_DOCUMENT, [name, f"{name}:ends"], [key, ttl_ms, *change]))
 
     @contextmanager
     def _world(self, client: Any = None) -> Iterator[None]:

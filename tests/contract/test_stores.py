@@ -480,3 +480,41 @@ def test_wrong_password_is_not_blamed_on_the_network(valkey_url: str) -> None:
     address = valkey_url.partition("@")[2]
     with pytest.raises(StoreDown, match="refused the password"):
         open_store(StoreSettings(url=f"redis://:wrong@{address}")).ping()
+
+
+# documents
+
+
+def test_a_document_is_written_over_and_listed_by_kind(store: StateStore) -> None:
+    assert store.document("token", "a") is None
+    store.put_document("token", "b", "two")
+    store.put_document("token", "a", "one")
+    store.put_document("job", "a", "other")
+    store.put_document("token", "b", "zwei äß")
+    assert store.documents("token") == {"a": "one", "b": "zwei äß"}
+    assert list(store.documents("token")) == ["a", "b"]
+    assert (store.document("job", "a"), store.documents("nothing")) == ("other", {})
+
+
+def test_a_document_is_swapped_only_while_it_is_what_was_read(store: StateStore) -> None:
+    assert not store.swap_document("job", "a", "never", "new")
+    assert store.swap_document("job", "a", None, "1")
+    assert not store.swap_document("job", "a", None, "2")
+    assert not store.swap_document("job", "a", "0", "2")
+    assert store.swap_document("job", "a", "1", "2")
+    assert store.document("job", "a") == "2"
+    assert not store.swap_document("job", "a", "1", None)
+    assert store.swap_document("job", "a", "2", None)
+    assert store.documents("job") == {}
+
+
+def test_a_document_vanishes_when_its_time_is_over(store: StateStore) -> None:
+    store.put_document("answer", "a", "x", ttl_s=0.15)
+    store.put_document("answer", "b", "y", ttl_s=0.15)
+    store.put_document("answer", "b", "y")
+    assert store.document("answer", "a") == "x"
+    time.sleep(0.2)
+    assert store.documents("answer") == {"b": "y"}
+    assert store.swap_document("answer", "a", None, "again", ttl_s=0.15)
+    time.sleep(0.2)
+    assert store.swap_document("answer", "a", None, "free"), "what is over counts as absent"

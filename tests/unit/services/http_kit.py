@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from services.http_api import http_app
+from services.http.app import http_app
 from services.manager import ServedModel, StreamManager
 
 CANARY = "c4n4ry-pa55"

@@ -12,7 +12,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from services.http_api import BodyLimit
+from services.http.problems import BodyLimit
 from services.manager import StreamManager
 from services.schemas import ReplicaInfo, SourceSpec, StreamSpec, StreamStatus, cloud_event, state_event
 from services.settings import Settings, SourceSettings, StoreSettings

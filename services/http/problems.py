@@ -1,0 +1,148 @@
+"""Errors as RFC 9457 problems with a stable `reason`, and the limit of a body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.manager import NoCapacity, NoPicture
+from services.store import StreamExists, StreamNotFound
+from tsm_core.errors import TSMError, WorldError
+
+RETRY_AFTER_S = 2
+
+# errors that are not 422 (CallerError) or 503 (WorldError)
+STATUS: dict[type[TSMError], int] = {
+    StreamNotFound: 404,
+    NoPicture: 404,
+    StreamExists: 409,
+    NoCapacity: 429,
+}
+
+
+class FieldError(BaseModel):
+    """What is wrong with one field of the request."""
+
+    field: str = Field(examples=["source.uri"])
+    message: str
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str = Field(examples=["urn:tsm:problem:stream_not_found"])
+    title: str = Field(examples=["Not Found"])
+    status: int = Field(examples=[404])
+    detail: str = Field(examples=["stream 'door-9' is not registered"])
+    reason: str = Field(description="stable name of the error", examples=["stream_not_found"])
+    errors: list[FieldError] | None = None
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Problem, "description": "The request cannot be served; `reason` says why"},
+    "5XX": {"model": Problem, "description": "A camera, the store or a device failed; try again"},
+}
+
+
+def status_of(error: TSMError) -> int:
+    """The HTTP status of an error: 4xx for callers, 503 for the world."""
+    for family, status in STATUS.items():
+        if isinstance(error, family):
+            return status
+    return 503 if isinstance(error, WorldError) else 422
+
+
+def problem(
+    status: int, reason: str, detail: str, errors: list[FieldError] | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """An RFC 9457 answer."""
+    body = Problem(
+        type=f"urn:tsm:problem:{reason}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        reason=reason,
+        errors=errors,
+    )
+    return JSONResponse(
+        body.model_dump(exclude_none=True), status, media_type="application/problem+json", headers=headers
+    )
+
+
+def add_problems(app: FastAPI) -> None:
+    """Make every error of the application a problem."""
+
+    @app.exception_handler(TSMError)
+    async def ours(_: Request, error: TSMError) -> Response:
+        status = status_of(error)
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
+        return problem(status, error.reason, str(error), headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # pydantic's own text repeats the input, which may hold a password: only place and fact are passed on
+        found = [
+            FieldError(field=".".join(str(part) for part in e["loc"] if part != "body") or "body", message=_fact(e))
+            for e in error.errors()
+        ]
+        if any(e["type"] == "json_invalid" for e in error.errors()):
+            return problem(400, "invalid_json", "the body is not JSON", found)
+        detail = "; ".join(f"{one.field}: {one.message}" for one in found[:3])
+        return problem(422, "invalid_request", detail, found)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        reasons = {400: "invalid_request", 404: "unknown_route", 405: "method_not_allowed", 413: "body_too_large"}
+        details = {
+            404: f"there is nothing at {request.url.path}; /openapi.json lists what there is",
+            405: f"{request.method} is not possible at {request.url.path}",
+        }
+        reason = reasons.get(error.status_code, "http_error")
+        detail = details.get(error.status_code, str(error.detail))
+        return problem(error.status_code, reason, detail, headers=dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> Response:
+        return problem(500, "internal_error", "an error of the service; its log says more")
+
+
+def _fact(error: Mapping[str, Any]) -> str:
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+class BodyLimit:
+    """Refuses bodies above `limit` bytes: at once by their announced length, else while they come in."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        text = f"the body is larger than {self._limit} bytes (server.max_body_bytes)"
+        if not said.isdigit() or int(said) > self._limit:
+            await problem(413, "body_too_large", text, headers={"Connection": "close"})(scope, receive, send)
+            return
+        came = 0
+
+        async def counted() -> Message:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > self._limit:
+                raise HTTPException(413, text, {"Connection": "close"})
+            return message
+
+        await self._app(scope, counted, send)

@@ -1,0 +1,257 @@
+"""Streams: register, change, start, stop, look at, listen to."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi.responses import StreamingResponse
+from pydantic import Field, model_validator
+from starlette.concurrency import run_in_threadpool
+
+from pipelines.faults import ProbeReport
+from services.feed import Hub
+from services.http.feeds import BOUNDARY, mjpeg, sse, stream_events
+from services.manager import StreamManager, StreamStats, StreamView
+from services.schemas import SourceSpec, StreamSpec, StreamStatus
+from services.stream_models import StreamModels
+from services.wire import StreamId, Wire
+
+
+class NewStream(Wire):
+    """A stream to register."""
+
+    id: StreamId = Field(default_factory=lambda: f"stream-{secrets.token_hex(3)}", description="empty: one is made up")
+    name: str = Field("", max_length=200)
+    enabled: bool = Field(True, description="false: registered but stopped")
+    source: SourceSpec
+    models: StreamModels = ()
+    max_fps: float | None = Field(None, gt=0, le=240, description="recognise at most this many frames a second")
+    tags: dict[str, str] = Field(default_factory=dict, max_length=32)
+
+
+class StreamChanges(Wire):
+    """What to change of a stream; what is left out stays. A source is replaced whole, password included."""
+
+    name: str = Field("", max_length=200)
+    enabled: bool = True
+    source: SourceSpec | None = None
+    models: StreamModels = ()
+    max_fps: float | None = Field(None, gt=0, le=240)
+    tags: dict[str, str] = Field(default_factory=dict, max_length=32)
+
+    @model_validator(mode="after")
+    def check_source(self) -> StreamChanges:
+        """A stream has a source: it can be replaced, not taken away."""
+        if "source" in self.model_fields_set and self.source is None:
+            raise ValueError("source cannot be null: leave it out, or give the new one")
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """The fields that were sent."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+
+class ProbeRequest(Wire):
+    """A source to try."""
+
+    source: SourceSpec
+
+
+class ProbeStage(Wire):
+    """One step of opening a source."""
+
+    name: str
+    ok: bool
+    ms: float
+    detail: str
+
+
+class ProbeResult(Wire):
+    """What happened when a source was opened."""
+
+    ok: bool
+    stages: list[ProbeStage]
+    error_code: str | None = Field(None, examples=["STREAM_AUTH_FAILED"])
+    message: str | None = None
+    hint: str | None = None
+    width: int | None = None
+    height: int | None = None
+    codec: str | None = None
+    fps: float | None = None
+    snapshot: str | None = Field(None, description="JPEG, base64")
+
+
+class StreamList(Wire):
+    """All streams, ordered by id."""
+
+    streams: list[StreamView]
+
+
+class ScoreList(Wire):
+    """Score records, oldest first."""
+
+    scores: list[dict[str, Any]]
+
+
+EXAMPLES: dict[str, Any] = {
+    "camera": {
+        "summary": "An RTSP camera with a password",
+        "value": {
+            "id": "door-1",
+            "source": {"uri": "rtsp://192.168.1.20:554/stream1", "username": "viewer", "password": "of the camera"},
+            "models": [{"name": "motion9", "threshold": 0.6}],
+            "max_fps": 15,
+        },
+    },
+    "objects": {
+        "summary": "Objects in a zone and over a line, and what each of them does",
+        "value": {
+            "id": "yard",
+            "source": {"uri": "rtsp://192.168.1.20:554/stream1"},
+            "models": [
+                {
+                    "name": "ssdlite320_mobilenet_v3_large",
+                    "labels": ["person"],
+                    "zones": [{"name": "drive", "points": [[0, 0.5], [1, 0.5], [1, 1], [0, 1]], "loitering_s": 60}],
+                    "lines": [{"name": "gate", "a": [0.3, 1], "b": [0.3, 0.4]}],
+                },
+                {"name": "motion9", "where": {"objects_of": "ssdlite320_mobilenet_v3_large"}},
+            ],
+        },
+    },
+    "file": {
+        "summary": "A film again and again, as if it were a camera",
+        "value": {"id": "film", "source": {"uri": "file:///srv/films/street.mp4", "loop": True}},
+    },
+}
+CHANGES: dict[str, Any] = {"rate": {"summary": "Recognise fewer frames", "value": {"name": "Door", "max_fps": 5}}}
+
+
+def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
+    """The routes below /v1/streams."""
+    router = APIRouter(prefix="/v1", tags=["streams"])
+
+    @router.post("/streams", status_code=201, summary="Register a stream")
+    def create_stream(
+        stream: Annotated[NewStream, Body(openapi_examples=EXAMPLES)],
+        probe: Annotated[bool, Query(description="false: register it even if its source does not answer")] = True,
+    ) -> StreamView:
+        spec = StreamSpec(**{name: getattr(stream, name) for name in NewStream.model_fields})
+        view = manager.create(spec, check=probe)
+        hub.look()
+        return view
+
+    @router.get("/streams", summary="All streams")
+    def list_streams() -> StreamList:
+        return StreamList(streams=manager.streams())
+
+    @router.post("/streams:probe", summary="Try a source without registering it")
+    def probe_source(request: ProbeRequest) -> ProbeResult:
+        return _probe_result(manager.probe(request.source))
+
+    @router.get("/streams/{stream_id}", summary="One stream")
+    def get_stream(stream_id: str) -> StreamView:
+        return manager.get(stream_id)
+
+    @router.patch("/streams/{stream_id}", summary="Change a stream")
+    def update_stream(
+        stream_id: str,
+        changes: Annotated[StreamChanges, Body(openapi_examples=CHANGES)],
+        probe: Annotated[bool, Query(description="false: take a new source even if it does not answer")] = True,
+    ) -> StreamView:
+        view = manager.update(stream_id, changes.given(), check=probe)
+        hub.look()
+        return view
+
+    @router.delete("/streams/{stream_id}", status_code=204, summary="Remove a stream")
+    def delete_stream(stream_id: str) -> None:
+        manager.delete(stream_id)
+        hub.look()
+
+    @router.post("/streams/{stream_id}/start", summary="Serve a stream")
+    def start_stream(stream_id: str) -> StreamView:
+        view = manager.start(stream_id)
+        hub.look()
+        return view
+
+    @router.post("/streams/{stream_id}/stop", summary="Stop serving a stream, keep it registered")
+    def stop_stream(stream_id: str) -> StreamView:
+        view = manager.stop(stream_id)
+        hub.look()
+        return view
+
+    @router.get("/streams/{stream_id}/status", summary="What the stream does now")
+    def stream_status(stream_id: str) -> StreamStatus:
+        return manager.status(stream_id)
+
+    @router.get("/streams/{stream_id}/stats", summary="The stream's counters")
+    def stream_stats(stream_id: str) -> StreamStats:
+        return manager.stats(stream_id)
+
+    @router.get("/streams/{stream_id}/scores", summary="The newest score records")
+    def stream_scores(stream_id: str, limit: Annotated[int, Query(ge=1, le=10_000)] = 600) -> ScoreList:
+        return ScoreList(scores=manager.scores(stream_id, limit))
+
+    @router.get(
+        "/streams/{stream_id}/latest.jpg",
+        summary="The newest picture",
+        response_class=Response,
+        responses={200: {"content": {"image/jpeg": {}}, "description": "X-Frame-Number is its frame's number"}},
+    )
+    def latest_picture(stream_id: str) -> Response:
+        number, jpeg = manager.preview(stream_id)
+        headers = {"X-Frame-Number": str(number), "Cache-Control": "no-store"}
+        return Response(jpeg, media_type="image/jpeg", headers=headers)
+
+    @router.get(
+        "/streams/{stream_id}/mjpeg",
+        summary="Pictures as they come, until the stream is removed",
+        response_class=Response,
+        responses={200: {"content": {f"multipart/x-mixed-replace; boundary={BOUNDARY}": {}}}},
+    )
+    async def pictures(stream_id: str) -> StreamingResponse:
+        await run_in_threadpool(manager.store.get_stream, stream_id)
+        return StreamingResponse(
+            mjpeg(hub, stream_id),
+            media_type=f"multipart/x-mixed-replace; boundary={BOUNDARY}",
+            headers={"Cache-Control": "no-store"},
+        )
+
+    @router.get(
+        "/streams/{stream_id}/events",
+        summary="The stream's events as server-sent events",
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
+    async def events(
+        stream_id: str,
+        after: Annotated[int | None, Query(ge=0, description="begin behind this sequence; default: from now")] = None,
+        last_event_id: Annotated[str | None, Header(description="as `after`; sent by browsers")] = None,
+    ) -> StreamingResponse:
+        begin = int(last_event_id) if last_event_id and last_event_id.isdecimal() else after
+        if begin is None:
+            begin = (await run_in_threadpool(manager.stats, stream_id)).events
+        else:
+            await run_in_threadpool(manager.store.get_stream, stream_id)
+        return sse(stream_events(manager, hub, stream_id, begin))
+
+    return router
+
+
+def _probe_result(report: ProbeReport) -> ProbeResult:
+    fault = report.fault
+    return ProbeResult(
+        ok=report.ok,
+        stages=[ProbeStage(name=s.name, ok=s.ok, ms=round(s.ms, 1), detail=s.detail) for s in report.stages],
+        error_code=fault.code if fault else None,
+        message=fault.message if fault else None,
+        hint=fault.hint if fault else None,
+        width=report.width,
+        height=report.height,
+        codec=report.codec,
+        fps=report.fps,
+        snapshot=base64.b64encode(report.snapshot_jpeg).decode() if report.snapshot_jpeg else None,
+    )
