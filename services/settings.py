@@ -132,6 +132,20 @@ class LoggerSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe line that is shown")
 
 
+class TelemetrySettings(Section):
+    """Traces."""
+
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@]+$",
+        description="OpenTelemetry collector (OTLP over HTTP), such as http://collector:4318; empty: no traces",
+    )
+    request_sample: float = Field(
+        1.0, ge=0, le=1, description="share of requests that are traced when their caller does not decide"
+    )
+    frame_sample: float = Field(0.001, ge=0, le=1, description="share of frames that are traced")
+
+
 class Settings(BaseSettings):
     """The whole tree."""
 
@@ -145,6 +159,7 @@ class Settings(BaseSettings):
     source: SourceSettings = SourceSettings()
     preview: PreviewSettings = PreviewSettings()
     logger: LoggerSettings = LoggerSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @classmethod
     def settings_customise_sources(
