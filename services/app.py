@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import logging
 import os
-import socket
 import threading
 from typing import Any
 
@@ -25,18 +24,13 @@ from services.embedded import EmbeddedValkey
 from services.engine import Engine
 from services.http.app import http_app
 from services.manager import StreamManager, served_models
+from services.ports import listen, shown_host
 from services.settings import Settings, SettingsError, StoreSettings, load_settings
 from services.store import open_store
-from tsm_core.errors import CallerError, WorldError
+from tsm_core.errors import WorldError
 
 APPLICATION = "tsm"
 VIEWERS = 1000  # feeds that one gateway of a cluster serves at once: each is a request that does not end
-
-
-class PortTaken(CallerError):
-    """Another program listens on the port."""
-
-    reason = "port_taken"
 
 
 class ServiceNotStarted(WorldError):
@@ -114,7 +108,7 @@ class Gateway:
             ws="websockets-sansio",
             timeout_graceful_shutdown=1,
         )
-        listener = _listen(host, port)
+        listener = listen(host, port)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True)
         self._thread.start()
@@ -247,9 +241,9 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         host = settings.server.host
         served_models(settings)  # a model that is not there is told now, in few words
-        with _listen(host, settings.server.port) as listener:  # and so is a port that is taken
+        with listen(host, settings.server.port) as listener:  # and so is a port that is taken
             port = int(listener.getsockname()[1])
-        self.url = f"http://{_shown_host(host)}:{port}"
+        self.url = f"http://{shown_host(host)}:{port}"
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             if settings.store.url is None:
@@ -310,19 +304,3 @@ def run_service(settings: Settings) -> Service:
     Raises PortTaken, UnknownModel, ModelFileError, EmbeddedError, DataDirInUseError, ServiceNotStarted.
     """
     return Service(settings)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises PortTaken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=256)
-    except OSError as error:
-        raise PortTaken(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port (0 takes a free one)"
-        ) from None
-
-
-def _shown_host(host: str) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"[{host}]" if ":" in host else host
