@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 from collections import Counter
@@ -15,7 +16,7 @@ from pydantic import Field
 from pipelines.faults import ProbeReport, file_path, has_secret, probe, redact
 from services.schemas import Latency, ReplicaInfo, SourceSpec, StreamSpec, StreamState, StreamStatus
 from services.settings import Settings
-from services.store import StateStore, StreamExists
+from services.store import StateStore, StreamChanged, StreamExists
 from services.stream_models import DETECTOR_OPTIONS, RECOGNISER_OPTIONS, StreamModel
 from services.wire import Wire
 from tsm_core.checkpoints import read_card
@@ -83,6 +84,14 @@ class StreamView(StreamSpec):
     """A stream as the doors show it: what should be, and what is."""
 
     status: StreamStatus
+
+
+class ChangedStream(StreamView):
+    """A stream after a change."""
+
+    restarts: tuple[str, ...] = Field(
+        (), description="fields of this change that begin the source anew: source, models, max_fps or enabled"
+    )
 
 
 class StreamStats(Wire):
@@ -223,29 +232,42 @@ class StreamManager:
         alive, statuses = self._alive(), self.store.statuses()
         return [self._view(spec, statuses.get(spec.id), alive) for spec in self.store.list_streams()]
 
-    def update(self, stream_id: str, changes: Mapping[str, Any], *, check: bool = True) -> StreamView:
+    def update(
+        self, stream_id: str, changes: Mapping[str, Any], *, check: bool = True, if_match: str | None = None
+    ) -> ChangedStream:
         """The stream with some fields of its specification replaced; with `check` a new source answers a probe first.
 
         A source is replaced whole, password included: an old password is never sent to a new address. A new source,
         model or rate begins the source anew, on the same shift state where it still fits; a name or tags do not.
-        Raises StreamNotFound and what `create` raises.
+        if_match: entity tags as in the header of this name; without it the change is made to whatever the stream is.
+        Raises StreamNotFound, StreamChanged and what `create` raises.
         """
-        spec = self.store.get_stream(stream_id)
+        _match(self.store.get_stream(stream_id), if_match)
         checked = dict(changes)
         if "models" in checked:
             checked["models"] = self._known(checked["models"])
         if "source" in checked:
             checked["source"] = self._checked_source(checked["source"], check)
-        changed = spec.model_copy(update=checked)
-        if changed.enabled and not spec.enabled:
-            self._fits(1)
-        restarts = any(getattr(changed, name) != getattr(spec, name) for name in RESTARTING)
-        self.store.put_stream(changed.model_copy(update={"revision": spec.revision + restarts}), create=False)
-        return self.get(stream_id)
+        restarts: list[str] = []
 
-    def delete(self, stream_id: str) -> None:
-        """Forget the stream; its replica lets go of it. Raises StreamNotFound."""
-        self.store.delete_stream(stream_id)
+        def change(spec: StreamSpec) -> StreamSpec:
+            changed = spec.model_copy(update=checked)
+            if changed.enabled and not spec.enabled:
+                self._fits(1)
+            restarts[:] = [name for name in RESTARTING if getattr(changed, name) != getattr(spec, name)]
+            return changed.model_copy(update={"revision": spec.revision + bool(restarts)})
+
+        view = self._view(self._change(stream_id, change, if_match), self.store.status(stream_id), self._alive())
+        return ChangedStream.model_construct(**dict(view), restarts=tuple(restarts))
+
+    def delete(self, stream_id: str, *, if_match: str | None = None) -> None:
+        """Forget the stream; its replica lets go of it. if_match as in `update`.
+
+        Raises StreamNotFound, StreamChanged.
+        """
+        spec = self.store.get_stream(stream_id)
+        _match(spec, if_match)
+        self.store.delete_stream(stream_id, before=spec if if_match is not None else None)
 
     def start(self, stream_id: str) -> StreamView:
         """Want the stream served; what ended or failed begins anew. Raises StreamNotFound, NoCapacity."""
@@ -472,14 +494,31 @@ class StreamManager:
         )
 
     def _enable(self, stream_id: str, enabled: bool) -> StreamView:
-        spec = self.store.get_stream(stream_id)
-        again = enabled and spec.enabled and (now := self.store.status(stream_id)) and now.state in ("ENDED", "FAILED")
-        if spec.enabled != enabled or again:
-            if enabled and not spec.enabled:
+        def change(spec: StreamSpec) -> StreamSpec:
+            status = self.store.status(stream_id) if enabled and spec.enabled else None
+            if spec.enabled == enabled and not (status and status.state in ("ENDED", "FAILED")):
+                return spec
+            if not spec.enabled:
                 self._fits(1)
-            changed = spec.model_copy(update={"enabled": enabled, "revision": spec.revision + 1})
-            self.store.put_stream(changed, create=False)
+            return spec.model_copy(update={"enabled": enabled, "revision": spec.revision + 1})
+
+        self._change(stream_id, change)
         return self.get(stream_id)
+
+    def _change(
+        self, stream_id: str, change: Callable[[StreamSpec], StreamSpec], if_match: str | None = None
+    ) -> StreamSpec:
+        """Make of a stream's specification what `change` says; begins again when another was quicker."""
+        while True:
+            spec = self.store.get_stream(stream_id)
+            _match(spec, if_match)
+            changed = change(spec)
+            if changed == spec:
+                return spec
+            changed = changed.model_copy(update={"edition": spec.edition + 1})
+            with contextlib.suppress(StreamChanged):
+                self.store.put_stream(changed, create=False, before=spec)
+                return changed
 
     def _alive(self) -> set[str]:
         return {replica.id for replica in self.store.replicas()}
@@ -488,6 +527,16 @@ class StreamManager:
         fields = {name: getattr(spec, name) for name in StreamSpec.model_fields}
         fields["source"] = spec.source.model_copy(update={"uri": redact(spec.source.uri)})
         return StreamView.model_construct(**fields, status=_shown(spec, status, alive))
+
+
+def _match(spec: StreamSpec, if_match: str | None) -> None:
+    """Raise StreamChanged when the stream is none of those that the header If-Match names."""
+    if if_match is None or if_match.strip() == "*" or spec.etag in (tag.strip() for tag in if_match.split(",")):
+        return
+    raise StreamChanged(
+        f"stream {spec.id!r} is now {spec.etag}, not {if_match[:100]}; read it again and repeat the change on what it "
+        "is now, or leave If-Match out"
+    )
 
 
 def _shown(spec: StreamSpec, status: StreamStatus | None, alive: set[str]) -> StreamStatus:

@@ -17,6 +17,7 @@ from services.wire import StreamId, Wire
 from tsm_core.types import ActionEvent, ObjectEvent, Scores, Track
 
 EVENT_PREFIX = "tsm.v1"
+PUSHED = "push:"  # the source of a sequence
 
 StreamState = Literal["STARTING", "RUNNING", "RESTARTING", "STOPPING", "STOPPED", "FAILED", "ENDED"]
 
@@ -60,6 +61,8 @@ class SourceSpec(Wire):
     @classmethod
     def check_uri(cls, uri: str) -> str:
         """Refuse what cannot be a source; which files and hosts may be opened is the service's policy."""
+        if uri == PUSHED:
+            return uri
         try:
             parts = urlsplit(uri)
             _ = parts.port
@@ -73,6 +76,11 @@ class SourceSpec(Wire):
         if parts.scheme.lower() != "file" and not parts.hostname:
             raise ValueError("the address has no host: use rtsp://HOST[:PORT]/PATH")
         return urlunsplit(parts._replace(scheme=parts.scheme.lower()))
+
+    @property
+    def is_pushed(self) -> bool:
+        """True for a sequence, whose frames come in requests."""
+        return self.uri == PUSHED
 
     @property
     def is_file(self) -> bool:
@@ -91,7 +99,13 @@ class StreamSpec(Wire):
     max_fps: float | None = Field(None, gt=0, le=240, description="recognise at most this many frames a second")
     tags: dict[str, str] = Field(default_factory=dict, max_length=32)
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    revision: int = Field(1, ge=1, description="counts changes of the specification")
+    revision: int = Field(1, ge=1, description="counts the changes that begin the source anew")
+    edition: int = Field(1, ge=1, description="counts all changes of the specification")
+
+    @property
+    def etag(self) -> str:
+        """Strong entity tag of this specification, in its quotes; another after every change, whatever runs."""
+        return f'"{int(1e6 * self.created_at.timestamp()):x}-{self.edition}"'
 
     def secret_json(self) -> str:
         """JSON for the store alone: the password in clear. Everything else prints `**********`."""
@@ -178,6 +192,7 @@ class ReplicaInfo(Wire):
     slots_used: int = 0
     draining: bool = False
     started_at: float = 0.0
+    models: tuple[str, ...] = Field((), description="models that it holds")
 
 
 class Lease(Wire):

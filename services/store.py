@@ -51,6 +51,12 @@ class StreamNotFound(CallerError):
     reason = "stream_not_found"
 
 
+class StreamChanged(CallerError):
+    """The stream is no longer the one that was read; nothing was written."""
+
+    reason = "stream_changed"
+
+
 class StaleLease(WorldError):
     """The stream was given to another owner, or taken away; nothing was written."""
 
@@ -78,11 +84,11 @@ class StateStore(Protocol):
     Any verb may raise StoreDown; it does so within a few seconds and the store recovers by itself.
     """
 
-    def put_stream(self, spec: StreamSpec, *, create: bool) -> None:
-        """Register a stream (`create`) or replace its specification.
+    def put_stream(self, spec: StreamSpec, *, create: bool, before: StreamSpec | None = None) -> None:
+        """Register a stream (`create`) or replace its specification, with `before` only if it is still that one.
 
         A new stream begins with empty feeds; its epochs and sequences go on where an earlier stream of the same id
-        ended. Raises StreamExists, StreamNotFound.
+        ended. Raises StreamExists, StreamNotFound, StreamChanged.
         """
 
     def get_stream(self, stream_id: str) -> StreamSpec:
@@ -91,10 +97,10 @@ class StateStore(Protocol):
     def list_streams(self) -> list[StreamSpec]:
         """All specifications, sorted by id."""
 
-    def delete_stream(self, stream_id: str) -> None:
-        """Forget the stream: specification, lease, status, picture and state.
+    def delete_stream(self, stream_id: str, before: StreamSpec | None = None) -> None:
+        """Forget the stream: specification, lease, status, picture and state; with `before` only if it is still that.
 
-        Its feeds stay readable for a minute. Raises StreamNotFound.
+        Its feeds stay readable for a minute. Raises StreamNotFound, StreamChanged.
         """
 
     def heartbeat(self, info: ReplicaInfo, ttl_ms: int) -> None:
@@ -281,12 +287,15 @@ class MemoryStore(StateStore):
         self._documents: dict[str, _Expiring[str]] = {}
 
     @override
-    def put_stream(self, spec: StreamSpec, *, create: bool) -> None:
+    def put_stream(self, spec: StreamSpec, *, create: bool, before: StreamSpec | None = None) -> None:
         with self._lock:
-            if create and spec.id in self._specs:
+            held = self._specs.get(spec.id)
+            if create and held is not None:
                 raise _exists(spec.id)
-            if not create and spec.id not in self._specs:
+            if not create and held is None:
                 raise _not_found(spec.id)
+            if before is not None and held is not None and held.etag != before.etag:
+                raise _changed(spec.id)
             self._specs[spec.id] = spec
             if create:
                 self._feeds.pop(("event", spec.id), None)
@@ -305,10 +314,14 @@ class MemoryStore(StateStore):
             return [self._specs[stream_id] for stream_id in sorted(self._specs)]
 
     @override
-    def delete_stream(self, stream_id: str) -> None:
+    def delete_stream(self, stream_id: str, before: StreamSpec | None = None) -> None:
         with self._lock:
-            if self._specs.pop(stream_id, None) is None:
+            held = self._specs.get(stream_id)
+            if held is None:
                 raise _not_found(stream_id)
+            if before is not None and held.etag != before.etag:
+                raise _changed(stream_id)
+            del self._specs[stream_id]
             self._leases.pop(stream_id, None)
             self._statuses.pop(stream_id, None)
             self._states.pop(stream_id)
@@ -570,18 +583,31 @@ class Script:
         self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
-PUT_STREAM = Script("""
--- KEYS specs, events, scores. ARGV id, spec, "1" to create
-local known = redis.call('HEXISTS', KEYS[1], ARGV[1])
-if (ARGV[3] == '1') == (known == 1) then return 0 end
+# the specification that is held against the one that was read: a stream of another birth, or another edition
+SAME_SPEC = """
+local function same(held, created_at, edition)
+  if created_at == nil then return true end
+  local spec = cjson.decode(held)
+  return spec['created_at'] == created_at and tostring(spec['edition'] or 1) == edition
+end
+"""
+
+PUT_STREAM = Script(f"""{SAME_SPEC}
+-- KEYS specs, events, scores. ARGV id, spec, "1" to create, and of the one that was read: created_at, edition
+local held = redis.call('HGET', KEYS[1], ARGV[1])
+if (ARGV[3] == '1') == (held ~= false) then return 0 end
+if held and not same(held, ARGV[4], ARGV[5]) then return -1 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 if ARGV[3] == '1' then redis.call('DEL', KEYS[2], KEYS[3]) end
 return 1
 """)
 
-DELETE_STREAM = Script("""
--- KEYS specs, leases, statuses, events, scores, state, preview. ARGV id, farewell in s
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+DELETE_STREAM = Script(f"""{SAME_SPEC}
+-- KEYS specs, leases, statuses, events, scores, state, preview. ARGV id, farewell in s, created_at, edition
+local held = redis.call('HGET', KEYS[1], ARGV[1])
+if not held then return 0 end
+if not same(held, ARGV[3], ARGV[4]) then return -1 end
+redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('HDEL', KEYS[2], ARGV[1])
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('EXPIRE', KEYS[4], ARGV[2])
@@ -747,9 +773,12 @@ class RedisStore(StateStore):
         return f"RedisStore({_address(self._main)})"
 
     @override
-    def put_stream(self, spec: StreamSpec, *, create: bool) -> None:
+    def put_stream(self, spec: StreamSpec, *, create: bool, before: StreamSpec | None = None) -> None:
         keys = [self._key("specs"), self._feed(("event", spec.id)), self._feed(("score", spec.id))]
-        if not self._run(PUT_STREAM, keys, [spec.id, spec.secret_json(), int(create)]):
+        done = self._run(PUT_STREAM, keys, [spec.id, spec.secret_json(), int(create), *_read(before)])
+        if done < 0:
+            raise _changed(spec.id)
+        if not done:
             raise _exists(spec.id) if create else _not_found(spec.id)
 
     @override
@@ -767,11 +796,14 @@ class RedisStore(StateStore):
         return [_spec(raw[stream_id]) for stream_id in sorted(raw)]
 
     @override
-    def delete_stream(self, stream_id: str) -> None:
+    def delete_stream(self, stream_id: str, before: StreamSpec | None = None) -> None:
         state, preview = self._key("state", stream_id), self._key("preview", stream_id)
         keys = [*map(self._key, ("specs", "leases", "statuses")), self._feed(("event", stream_id))]
         keys += [self._feed(("score", stream_id)), state, preview]
-        if not self._run(DELETE_STREAM, keys, [stream_id, FAREWELL_S]):
+        done = self._run(DELETE_STREAM, keys, [stream_id, FAREWELL_S, *_read(before)])
+        if done < 0:
+            raise _changed(stream_id)
+        if not done:
             raise _not_found(stream_id)
         if self._states is not self._main:
             with self._world(self._states):
@@ -1152,6 +1184,17 @@ def _entry_id(position: str | int) -> str:
 
 def _exists(stream_id: str) -> StreamExists:
     return StreamExists(f"stream {stream_id!r} exists; update it, or choose another id")
+
+
+def _changed(stream_id: str) -> StreamChanged:
+    return StreamChanged(f"stream {stream_id!r} was changed meanwhile; read it again, and change what it is now")
+
+
+def _read(before: StreamSpec | None) -> list[str]:
+    """What tells the specification that was read from any other, as it stands in the store's JSON."""
+    if before is None:
+        return []
+    return [str(before.model_dump(mode="json", include={"created_at"})["created_at"]), str(before.edition)]
 
 
 def _not_found(stream_id: str) -> StreamNotFound:

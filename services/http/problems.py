@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -13,17 +14,39 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.locks.callers import BadToken, Forbidden, NoToken
+from services.locks.limits import TooManyFeeds, TooManyRequests
+from services.locks.tokens import TokenExists, TokenNotFound
 from services.manager import NoCapacity, NoPicture
-from services.store import StreamExists, StreamNotFound
+from services.store import StreamChanged, StreamExists, StreamNotFound
 from tsm_core.errors import TSMError, WorldError
 
 RETRY_AFTER_S = 2
+PRIVATE = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""What every answer tells browsers, unless it says otherwise itself."""
 
 # errors that are not 422 (CallerError) or 503 (WorldError)
 STATUS: dict[type[TSMError], int] = {
     StreamNotFound: 404,
     NoPicture: 404,
     StreamExists: 409,
+    NoToken: 401,
+    BadToken: 401,
+    Forbidden: 403,
+    TokenExists: 409,
+    TokenNotFound: 404,
+    TooManyFeeds: 429,
+    TooManyRequests: 429,
+    StreamChanged: 412,
     NoCapacity: 429,
 }
 
@@ -77,14 +100,24 @@ def problem(
     )
 
 
+def problem_of(error: TSMError) -> JSONResponse:
+    """The answer to an error that was raised on purpose."""
+    status = status_of(error)
+    headers = {}
+    if status in (429, 503):
+        wait_s = error.retry_after_s if isinstance(error, TooManyRequests) else RETRY_AFTER_S
+        headers["Retry-After"] = str(math.ceil(wait_s))
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="tsm-live"'
+    return problem(status, error.reason, str(error), headers=headers)
+
+
 def add_problems(app: FastAPI) -> None:
     """Make every error of the application a problem."""
 
     @app.exception_handler(TSMError)
     async def ours(_: Request, error: TSMError) -> Response:
-        status = status_of(error)
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
-        return problem(status, error.reason, str(error), headers=headers)
+        return problem_of(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -111,7 +144,7 @@ def add_problems(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:
-        return problem(500, "internal_error", "an error of the service; its log says more")
+        return problem(500, "internal_error", "an error of the service; its log says more", headers=PRIVATE)
 
 
 def _fact(error: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from pipelines.faults import ProbeReport
 from services.feed import Hub
 from services.http.feeds import BOUNDARY, mjpeg, sse, stream_events
-from services.manager import StreamManager, StreamStats, StreamView
+from services.manager import ChangedStream, StreamManager, StreamStats, StreamView
 from services.schemas import SourceSpec, StreamSpec, StreamStatus
 from services.stream_models import StreamModels
 from services.wire import StreamId, Wire
@@ -127,6 +127,15 @@ EXAMPLES: dict[str, Any] = {
         "value": {"id": "film", "source": {"uri": "file:///srv/films/street.mp4", "loop": True}},
     },
 }
+ETAG: dict[str, Any] = {
+    "headers": {
+        "ETag": {"description": "of the specification; the status does not change it", "schema": {"type": "string"}}
+    }
+}
+IfMatch = Annotated[
+    str | None,
+    Header(max_length=1000, description="only if the stream still has this ETag; otherwise 412, and nothing changes"),
+]
 CHANGES: dict[str, Any] = {"rate": {"summary": "Recognise fewer frames", "value": {"name": "Door", "max_fps": 5}}}
 
 
@@ -134,14 +143,16 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
     """The routes below /v1/streams."""
     router = APIRouter(prefix="/v1", tags=["streams"])
 
-    @router.post("/streams", status_code=201, summary="Register a stream")
+    @router.post("/streams", status_code=201, summary="Register a stream", responses={201: ETAG})
     def create_stream(
+        response: Response,
         stream: Annotated[NewStream, Body(openapi_examples=EXAMPLES)],
         probe: Annotated[bool, Query(description="false: register it even if its source does not answer")] = True,
     ) -> StreamView:
         spec = StreamSpec(**{name: getattr(stream, name) for name in NewStream.model_fields})
         view = manager.create(spec, check=probe)
         hub.look()
+        response.headers["ETag"] = view.etag
         return view
 
     @router.get("/streams", summary="All streams")
@@ -152,23 +163,28 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
     def probe_source(request: ProbeRequest) -> ProbeResult:
         return _probe_result(manager.probe(request.source))
 
-    @router.get("/streams/{stream_id}", summary="One stream")
-    def get_stream(stream_id: str) -> StreamView:
-        return manager.get(stream_id)
+    @router.get("/streams/{stream_id}", summary="One stream", responses={200: ETAG})
+    def get_stream(response: Response, stream_id: str) -> StreamView:
+        view = manager.get(stream_id)
+        response.headers["ETag"] = view.etag
+        return view
 
-    @router.patch("/streams/{stream_id}", summary="Change a stream")
+    @router.patch("/streams/{stream_id}", summary="Change a stream", responses={200: ETAG})
     def update_stream(
+        response: Response,
         stream_id: str,
         changes: Annotated[StreamChanges, Body(openapi_examples=CHANGES)],
         probe: Annotated[bool, Query(description="false: take a new source even if it does not answer")] = True,
-    ) -> StreamView:
-        view = manager.update(stream_id, changes.given(), check=probe)
+        if_match: IfMatch = None,
+    ) -> ChangedStream:
+        view = manager.update(stream_id, changes.given(), check=probe, if_match=if_match)
         hub.look()
+        response.headers["ETag"] = view.etag
         return view
 
     @router.delete("/streams/{stream_id}", status_code=204, summary="Remove a stream")
-    def delete_stream(stream_id: str) -> None:
-        manager.delete(stream_id)
+    def delete_stream(stream_id: str, if_match: IfMatch = None) -> None:
+        manager.delete(stream_id, if_match=if_match)
         hub.look()
 
     @router.post("/streams/{stream_id}/start", summary="Serve a stream")

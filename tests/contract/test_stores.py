@@ -22,6 +22,7 @@ from services.store import (
     StaleLease,
     StateStore,
     StoreDown,
+    StreamChanged,
     StreamExists,
     StreamNotFound,
     open_store,
@@ -71,6 +72,23 @@ def status(**changes: Any) -> StreamStatus:
 
 
 # the registry
+
+
+def test_a_change_of_what_was_read_is_refused_once_it_is_another(store: StateStore) -> None:
+    store.put_stream(spec(), create=True)
+    read = store.get_stream("door")
+    store.put_stream(read.model_copy(update={"name": "A", "edition": 2}), create=False, before=read)
+    for write in (
+        lambda: store.put_stream(read.model_copy(update={"name": "B"}), create=False, before=read),
+        lambda: store.delete_stream("door", before=read),
+    ):
+        with pytest.raises(StreamChanged, match="read it again"):
+            write()
+    assert store.get_stream("door").name == "A"
+    store.delete_stream("door", before=store.get_stream("door"))
+    store.put_stream(spec(), create=True)
+    with pytest.raises(StreamChanged):  # of the same id and edition, but born later
+        store.put_stream(read, create=False, before=read)
 
 
 def test_specification_comes_back_with_its_password(store: StateStore) -> None:
