@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tsm_core.errors import CallerError
@@ -34,6 +34,28 @@ class ServerSettings(Section):
     host: str = Field("127.0.0.1", description="address to listen on; loopback unless you say otherwise")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one")
     max_body_bytes: int = Field(1 << 20, gt=0, description="largest request body")
+
+
+class AuthSettings(Section):
+    """Who may call, and how often."""
+
+    required: Literal["auto", "always"] = Field(
+        "auto", description="auto: a token is needed on a cluster and wherever server.host is not loopback"
+    )
+    admin_token: SecretStr | None = Field(
+        None,
+        min_length=32,
+        description="a token that may do everything; empty: the first start makes one and says where",
+    )
+    session_s: float = Field(12 * 3600.0, gt=0, description="how long a login of the page lasts")
+    requests_per_s: float = Field(1000.0, gt=0, description="calls a second that one caller may make for long")
+    requests_burst: int = Field(2000, gt=0, description="calls that one caller may make at once")
+    failures_per_min: float = Field(10.0, gt=0, description="wrong tokens a minute from one address; more must wait")
+    feeds: int = Field(64, gt=0, description="feeds (events, pictures, WebSockets) that one caller may follow at once")
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="host names that may stand in a request; empty: loopback's on loopback, elsewhere any"
+    )
+    https: bool = Field(False, description="callers come over https: cookies are Secure, browsers are told to stay")
 
 
 class StoreSettings(Section):
@@ -118,12 +140,91 @@ class SourceSettings(Section):
     probe_timeout_s: float = Field(4.0, gt=0, description="limit of each stage of the probe")
 
 
+class LimitsSettings(Section):
+    """What one picture or video may ask for; judged before its pixels are decoded."""
+
+    image_bytes: int = Field(32 << 20, gt=0, description="largest JPEG or PNG of a request")
+    pixels: int = Field(40_000_000, gt=0, description="width x height of a picture, and of a camera's frame")
+    side_px: int = Field(16_384, gt=0, description="longest side of a picture, or of a frame of a video file")
+    video_bytes: int = Field(2 << 30, gt=0, description="largest video file")
+    video_pixels: int = Field(9_437_184, gt=0, description="width x height of a frame of a video file")
+    frames: int = Field(120_000, gt=0, description="frames of a video file")
+    duration_s: float = Field(3_600.0, gt=0, description="seconds of a video file")
+    check_s: float = Field(30.0, gt=0, description="longest time that a look at a video file may take")
+    memory_bytes: int = Field(4 << 30, ge=256 << 20, description="address space of a process that decodes")
+
+
 class PreviewSettings(Section):
     """Pictures for the page."""
 
     quality: int = Field(75, ge=10, le=95, description="JPEG quality")
     max_fps: float = Field(15.0, gt=0, description="pictures a second while somebody watches")
     idle_fps: float = Field(0.5, gt=0, description="pictures a second while nobody watches")
+
+
+class CourierSettings(Section):
+    """How events are brought to webhooks and brokers."""
+
+    retry_first_s: float = Field(0.5, gt=0, description="first wait after a failed delivery; doubled, with jitter")
+    retry_cap_s: float = Field(60.0, gt=0, description="longest such wait, unless the sink asks for more")
+    attempts: int = Field(
+        20, gt=0, description="answers of `later` (5xx, 429) that make a dead letter; a sink that is away is waited for"
+    )
+    dead_letters: int = Field(1000, gt=0, description="dead letters kept per sink; the oldest make room")
+
+
+class SinkFilter(Section):
+    """Which events a sink is told; patterns are those of a shell."""
+
+    streams: tuple[str, ...] = Field((), description="ids or patterns, such as `door-*`; empty: all")
+    types: tuple[str, ...] = Field((), description="types or patterns, such as `action.*`; empty: all")
+    labels: tuple[str, ...] = Field((), description="labels or patterns, such as `person`; empty: all")
+
+
+class WebhookSettings(SinkFilter):
+    """One receiver of events by HTTP."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="name of the sink")
+    url: SecretStr = Field(description="http:// or https:// address that events are posted to")
+    secrets: tuple[SecretStr, ...] = Field(
+        (), max_length=2, description="whsec_ and a key in base64; a second one while the receiver changes over"
+    )
+    secret_file: Path | None = Field(None, description="file with these secrets, one a line")
+    batch: int = Field(1, ge=1, le=1000, description="most events of one request; above 1 in CloudEvents' batch mode")
+
+
+class WebhooksSettings(Section):
+    """Receivers of events by HTTP."""
+
+    sinks: tuple[WebhookSettings, ...] = Field((), description="the receivers: name, url, secrets, ...")
+    timeout_s: float = Field(10.0, gt=0, description="longest wait for a receiver's answer")
+
+    @field_validator("sinks")
+    @classmethod
+    def check_names(cls, sinks: tuple[WebhookSettings, ...]) -> tuple[WebhookSettings, ...]:
+        """Every sink has a name of its own, and `mqtt` is the broker's."""
+        names = [sink.name for sink in sinks]
+        if len({*names, "mqtt"}) <= len(names):
+            raise ValueError(f"names of sinks must differ, and `mqtt` is taken: {', '.join(names)}")
+        return sinks
+
+
+class MqttSettings(SinkFilter):
+    """An MQTT 5 broker that is told of events."""
+
+    url: str | None = Field(
+        None, pattern=r"^mqtts?://[^@/?#\s]+$", description="mqtt://HOST:PORT, or mqtts:// with TLS; empty: none"
+    )
+    username: str = Field("", description="user at the broker")
+    password: SecretStr | None = Field(None, description="password at the broker")
+    password_file: Path | None = Field(None, description="file with this password")
+    ca_file: Path | None = Field(None, description="certificates to trust with mqtts://; empty: the system's")
+    client_id: str = Field("tsm-live", min_length=1, max_length=64, description="must differ between services")
+    prefix: str = Field("tsm", pattern=r"^[^+#/$\s]+(/[^+#/\s]+)*$", description="first part of every topic")
+    discovery: str = Field(
+        "homeassistant", pattern=r"^[^+#$\s]*$", description="prefix of Home Assistant's discovery; empty: none"
+    )
+    stats_s: float = Field(30.0, gt=0, description="seconds between two messages of counters")
 
 
 class LoggerSettings(Section):
@@ -133,7 +234,7 @@ class LoggerSettings(Section):
 
 
 class TelemetrySettings(Section):
-    """Traces."""
+    """Metrics and traces."""
 
     otlp_endpoint: str | None = Field(
         None,
@@ -144,6 +245,9 @@ class TelemetrySettings(Section):
         1.0, ge=0, le=1, description="share of requests that are traced when their caller does not decide"
     )
     frame_sample: float = Field(0.001, ge=0, le=1, description="share of frames that are traced")
+    stream_labels: int = Field(
+        200, ge=0, description="most streams of one replica that metrics name; the others share the label `other`"
+    )
 
 
 class Settings(BaseSettings):
@@ -152,12 +256,17 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TSM_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
     server: ServerSettings = ServerSettings()
+    auth: AuthSettings = AuthSettings()
     store: StoreSettings = StoreSettings()
     models: ModelsSettings = ModelsSettings()
     engine: EngineSettings = EngineSettings()
     controller: ControllerSettings = ControllerSettings()
     source: SourceSettings = SourceSettings()
+    limits: LimitsSettings = LimitsSettings()
     preview: PreviewSettings = PreviewSettings()
+    couriers: CourierSettings = CourierSettings()
+    webhooks: WebhooksSettings = WebhooksSettings()
+    mqtt: MqttSettings = MqttSettings()
     logger: LoggerSettings = LoggerSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 

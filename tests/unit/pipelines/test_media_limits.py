@@ -145,7 +145,7 @@ def test_the_child_that_looks_stays_small(bombs: Path, name: str) -> None:
 
 
 def test_a_decoder_that_asks_for_more_meets_the_limit_on_memory(bombs: Path) -> None:
-    with pytest.raises((BadMedia, MediaTooLarge), match="memory_bytes|none of its pictures"):
+    with pytest.raises((BadMedia, MediaTooLarge), match=r"memory_bytes|none of its pictures"):
         checked_video(bombs / "eight_k.mp4", MediaLimits(video_pixels=40_000_000, memory_bytes=150 << 20))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.media_limits import MediaLimits
 from services.settings import Settings, SettingsError, load_settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,3 +66,7 @@ def test_every_knob_has_a_meaning():
     for name, section in Settings.model_fields.items():
         for knob, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
             assert field.description, f"{name}.{knob}"
+
+
+def test_the_limits_of_media_are_those_of_the_decoders():
+    assert MediaLimits(**load_settings().limits.model_dump()) == MediaLimits()
