@@ -143,8 +143,10 @@ def main() -> int:
     stop_on_sigterm()
     handler = logging.StreamHandler()
     handler.setFormatter(Redacting())
+    handler.addFilter(lambda record: record.levelno >= logging.ERROR or "RTP: missed" in record.getMessage())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_level(av.logging.WARNING)
+    av.logging.set_skip_repeated(False)  # packets that are missed are counted by their lines
     try:
         decode(job)
     except BrokenPipeError:

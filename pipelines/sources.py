@@ -190,6 +190,7 @@ class SourceState:
 
     FAILED with `retry_at` (Unix time) tries again, slowly, because a person must change something; without it the
     source has given up. ENDED: a file is over. source_size: (width, height) of the camera's picture in pixels.
+    connect_s: how long it took to RUNNING, from the decoder's start to the first picture.
     """
 
     state: State
@@ -198,6 +199,7 @@ class SourceState:
     retry_at: float | None = None
     at_s: float = 0.0
     source_size: tuple[int, int] | None = None
+    connect_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -206,7 +208,9 @@ class SourceCounters:
 
     received: frames given out. corrupt: frames that the decoder had to mend. lost: frames that the gaps in the pts
     tell of, in steps of the stream's own interval. clock_jumps: pts gaps that were no gaps in time. bytes: of decoded
-    pictures. reconnects: attempts after a fault, by its code.
+    pictures. reconnects: attempts after a fault, by its code. stalls: times that the source went silent.
+    packets_lost: RTP packets that the decoder missed. jitter_s: RFC 3550's measure over a camera's pictures, how
+    unevenly they arrive, in seconds.
     """
 
     received: int = 0
@@ -215,6 +219,9 @@ class SourceCounters:
     clock_jumps: int = 0
     bytes: int = 0
     reconnects: Counter[str] = field(default_factory=Counter)
+    stalls: int = 0
+    packets_lost: int = 0
+    jitter_s: float = 0.0
 
 
 def decoder_command(config: SourceConfig) -> list[str]:
@@ -277,6 +284,7 @@ class Decoder:
         self.source_size: tuple[int, int] | None = None
         self.first_size: tuple[int, int] | None = None
         self.corrupt = 0
+        self.packets_lost = 0
         self.lines: deque[str] = deque(maxlen=60)
         self.started_s = time.monotonic()
         self._sized = threading.Event()
@@ -378,6 +386,8 @@ class Decoder:
                 self._sized.set()
             elif "corrupt decoded frame" in line:
                 self.corrupt += 1
+            elif missed := re.search(r"RTP: missed (\d+) packets", line):
+                self.packets_lost += int(missed[1])
             if "[verbose]" not in line:
                 self.lines.append(line)
                 logger.debug("%s: %s", self.config.stream_id, line)
@@ -418,9 +428,10 @@ def _mend_first_pts(frames: Iterator[Timed]) -> Iterator[Timed]:
 
 
 class _Gaps:
-    """Frames missing between two, told by the pts in steps of the stream's own interval."""
+    """Frames missing between two, told by the pts in steps of the stream's own interval; how unevenly they arrive."""
 
     def __init__(self) -> None:
+        self.jitter_s = 0.0
         self._deltas: deque[float] = deque(maxlen=31)
         self._last: tuple[float, float] | None = None
 
@@ -433,6 +444,7 @@ class _Gaps:
         usual = sorted(self._deltas)[len(self._deltas) // 2] if len(self._deltas) >= 5 else None
         if delta < 0 or delta > waited + 2.0:
             return 0, True
+        self.jitter_s += (abs(waited - delta) - self.jitter_s) / 16  # RFC 3550, section 6.4.1
         if 1 / 240 <= delta <= 2.0:
             self._deltas.append(delta)
         if usual is None or delta < 1.6 * usual:
@@ -576,6 +588,7 @@ class Source:
         """Tell of a fault at once, then end the child."""
         state: State = "RESTARTING" if fault.retry in ("now", "soon") else "FAILED"
         message = f"{fault.message}; {fault.hint}" if fault.hint else fault.message
+        self.counters.stalls += fault.code == "STREAM_STALLED"
         with self._telling:
             decoder, self._current = self._current, None
             if fault.code != LOOP:
@@ -594,7 +607,7 @@ class Source:
 
     def _read(self, decoder: Decoder) -> None:
         """The reading thread: every frame of one connection, in order."""
-        gaps, corrupt_seen, offset_s, first_pts_s = _Gaps(), 0, 0.0, None
+        gaps, corrupt_seen, packets_seen, offset_s, first_pts_s = _Gaps(), 0, 0, 0.0, None
         began = time.monotonic()
         config = self.config
         try:
@@ -604,10 +617,11 @@ class Source:
                     first_pts_s = pts_s
                     offset_s = self._pts_end_s - pts_s if config.is_file and self._pts_end_s else 0.0
                     size = decoder.size() or (image.shape[2], image.shape[1])
+                    connect_s = time.monotonic() - decoder.started_s
                     with self._telling:
                         if self._is_current(decoder) and (self.state.state != "RUNNING" or size != self._size):
                             self._size = size
-                            self._tell("RUNNING", f"{size[0]}x{size[1]} px")
+                            self._tell("RUNNING", f"{size[0]}x{size[1]} px", connect_s=connect_s)
                 if config.is_file and config.realtime:
                     self._stopping.wait(max(0.0, began + (pts_s - first_pts_s) - time.monotonic()))
                 if not self._is_current(decoder):
@@ -621,6 +635,8 @@ class Source:
                 counters.corrupt += corrupt
                 counters.lost += lost
                 counters.clock_jumps += jumped
+                counters.packets_lost += decoder.packets_lost - packets_seen
+                counters.jitter_s, packets_seen = gaps.jitter_s, decoder.packets_lost
                 frame = Frame(
                     stream_id=config.stream_id,
                     number=self._number,
@@ -645,9 +661,15 @@ class Source:
         return self._current is decoder and not self._stopping.is_set()
 
     def _tell(
-        self, state: State, message: str = "", *, error_code: str | None = None, retry_at: float | None = None
+        self,
+        state: State,
+        message: str = "",
+        *,
+        error_code: str | None = None,
+        retry_at: float | None = None,
+        connect_s: float | None = None,
     ) -> None:
-        self.state = SourceState(state, error_code, message, retry_at, time.time(), self._size)
+        self.state = SourceState(state, error_code, message, retry_at, time.time(), self._size, connect_s)
         self._on_state(self.state)
 
 

@@ -139,6 +139,16 @@ def test_udp_and_h265(server, either):
         seen.wait_frames(8)
     burnt = [read_frame_number(frame.image.permute(1, 2, 0).numpy()) for frame in seen.frames]
     assert burnt == [entry.frame_number for entry in camera.log()][: len(burnt)]
+    assert seen.source.counters.packets_lost == 0
+
+
+def test_missing_packets_are_counted(server, either):
+    camera = Camera("scene:3")
+    url = server.add("cam", camera)
+    with Seen(url, decoder=either, rtsp_transport="udp") as seen:
+        seen.wait_frames(3)
+        camera.set(loss_rate=0.2)
+        seen.wait(lambda: seen.source.counters.packets_lost > 3)
 
 
 def test_a_camera_that_goes_and_comes_back_is_found_again(server, decoder):
@@ -163,7 +173,11 @@ def test_a_dark_camera_is_noticed_in_time(server, decoder):
     with Seen(url, decoder=decoder, stall_s=1.0) as seen:
         seen.wait_frames(3)
         camera.set(dark=True)
+        running = seen.wait_state("RUNNING")
+        assert running.connect_s is not None
+        assert 0 < running.connect_s < 15
         stalled = seen.wait_state("RESTARTING", "STREAM_STALLED", 3.0)
+        assert seen.source.counters.stalls == 1
         last = [frame for frame in seen.frames if frame.time_s < stalled.at_s][-1]
         assert 0.9 <= stalled.at_s - last.time_s < 1.6
         camera.set(dark=False)

@@ -103,6 +103,15 @@ def gaps(pairs):
 STEADY = [(n / 10, 100 + n / 10) for n in range(20)]
 
 
+def test_jitter_is_how_unevenly_pictures_arrive():
+    steady, uneven = _Gaps(), _Gaps()
+    for pts_s, arrival_s in STEADY:
+        steady.update(pts_s, arrival_s)
+        uneven.update(pts_s, arrival_s + (0.02 if round(10 * pts_s) % 2 else 0.0))
+    assert steady.jitter_s < 1e-9
+    assert 0.01 < uneven.jitter_s < 0.02  # 20 ms early or late each time, as far as 19 steps of a sixteenth go
+
+
 @pytest.mark.parametrize(
     ("then", "lost", "jumps"),
     [
