@@ -176,6 +176,9 @@ class StateStore(Protocol):
     def latest_sequence(self, stream_id: str) -> int:
         """Sequence of the stream's newest event; 0 when it never had one."""
 
+    def event_feeds(self) -> dict[str, int]:
+        """The newest event's sequence of every stream whose events can be read: registered, or deleted lately."""
+
     def scores(self, stream_id: str, after: str = "0", limit: int = 100) -> list[Record]:
         """The newest `limit` score records behind position `after`, oldest first."""
 
@@ -274,6 +277,7 @@ class MemoryStore(StateStore):
         self._specs: dict[str, StreamSpec] = {}
         self._leases: dict[str, Lease] = {}
         self._epochs: dict[str, int] = {}
+        self._farewells: _Expiring[bool] = _Expiring()
         self._sequences: dict[str, int] = {}
         self._statuses: dict[str, StreamStatus] = {}
         self._feeds: dict[Feed, deque[tuple[int, str, float]]] = {}  # (position, JSON, published_s)
@@ -322,6 +326,7 @@ class MemoryStore(StateStore):
             if before is not None and held.etag != before.etag:
                 raise _changed(stream_id)
             del self._specs[stream_id]
+            self._farewells.put(stream_id, True, FAREWELL_S)
             self._leases.pop(stream_id, None)
             self._statuses.pop(stream_id, None)
             self._states.pop(stream_id)
@@ -450,6 +455,11 @@ class MemoryStore(StateStore):
     def latest_sequence(self, stream_id: str) -> int:
         with self._lock:
             return self._sequences.get(stream_id, 0)
+
+    @override
+    def event_feeds(self) -> dict[str, int]:
+        with self._lock:
+            return {name: self._sequences.get(name, 0) for name in sorted({*self._specs, *self._farewells.live()})}
 
     @override
     def scores(self, stream_id: str, after: str = "0", limit: int = 100) -> list[Record]:
@@ -603,17 +613,31 @@ return 1
 """)
 
 DELETE_STREAM = Script(f"""{SAME_SPEC}
--- KEYS specs, leases, statuses, events, scores, state, preview. ARGV id, farewell in s, created_at, edition
+-- KEYS specs, leases, statuses, events, scores, state, preview, farewells. ARGV id, farewell in s, created_at, edition
 local held = redis.call('HGET', KEYS[1], ARGV[1])
 if not held then return 0 end
 if not same(held, ARGV[3], ARGV[4]) then return -1 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('HDEL', KEYS[2], ARGV[1])
+redis.call('ZADD', KEYS[8], redis.call('TIME')[1] + ARGV[2], ARGV[1])
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('EXPIRE', KEYS[4], ARGV[2])
 redis.call('EXPIRE', KEYS[5], ARGV[2])
 redis.call('DEL', KEYS[6], KEYS[7])
 return 1
+""")
+
+EVENT_FEEDS = Script("""
+-- KEYS specs, sequences, farewells
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', redis.call('TIME')[1])
+local found = {}
+for _, names in ipairs({redis.call('HKEYS', KEYS[1]), redis.call('ZRANGE', KEYS[3], 0, -1)}) do
+  for _, name in ipairs(names) do
+    found[#found + 1] = name
+    found[#found + 1] = redis.call('HGET', KEYS[2], name) or '0'
+  end
+end
+return found
 """)
 
 ASSIGN = Script("""
@@ -799,7 +823,7 @@ class RedisStore(StateStore):
     def delete_stream(self, stream_id: str, before: StreamSpec | None = None) -> None:
         state, preview = self._key("state", stream_id), self._key("preview", stream_id)
         keys = [*map(self._key, ("specs", "leases", "statuses")), self._feed(("event", stream_id))]
-        keys += [self._feed(("score", stream_id)), state, preview]
+        keys += [self._feed(("score", stream_id)), state, preview, self._key("farewells")]
         done = self._run(DELETE_STREAM, keys, [stream_id, FAREWELL_S, *_read(before)])
         if done < 0:
             raise _changed(stream_id)
@@ -926,6 +950,11 @@ class RedisStore(StateStore):
     def latest_sequence(self, stream_id: str) -> int:
         with self._world():
             return int(self._main.hget(self._key("sequences"), stream_id) or 0)
+
+    @override
+    def event_feeds(self) -> dict[str, int]:
+        keys = [self._key(name) for name in ("specs", "sequences", "farewells")]
+        return {name: int(newest) for name, newest in _pairs(self._run(EVENT_FEEDS, keys, [])).items()}
 
     @override
     def scores(self, stream_id: str, after: str = "0", limit: int = 100) -> list[Record]:

@@ -250,6 +250,17 @@ def test_events_are_read_in_pages(store: StateStore) -> None:
     assert store.events("door", after=7) == store.events("door", after=99) == store.events("door", limit=0) == []
 
 
+def test_feeds_are_those_that_can_be_read(store: StateStore) -> None:
+    assert store.event_feeds() == {}
+    leases = [owned(store, name) for name in ("yard", "door")]
+    assert store.event_feeds() == {"door": 0, "yard": 0}
+    store.publish(leases[0], events=[{"n": 1}, {"n": 2}])
+    store.delete_stream("yard")
+    assert store.event_feeds() == {"door": 0, "yard": 2}, "deleted, but not yet forgotten"
+    owned(store, "yard")
+    assert store.event_feeds() == {"door": 0, "yard": 2}
+
+
 def test_scores_are_the_newest(store: StateStore) -> None:
     lease = owned(store)
     store.publish(lease, scores=[{"n": n} for n in range(5)])
