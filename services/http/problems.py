@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -14,12 +15,16 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipelines.media_limits import MediaTooLarge
+from services.http.idempotency import KeyInFlight
+from services.inference import ModelBusy, ModelInUse, RequestTimeout, SequenceBusy, UnknownSequence
 from services.locks.callers import BadToken, Forbidden, NoToken
 from services.locks.limits import TooManyFeeds, TooManyRequests
 from services.locks.tokens import TokenExists, TokenNotFound
 from services.manager import NoCapacity, NoPicture
+from services.oip import ModelNotFound
 from services.store import StreamChanged, StreamExists, StreamNotFound
-from tsm_core.errors import TSMError, WorldError
+from tsm_core.errors import CallerError, TSMError, WorldError
 
 RETRY_AFTER_S = 2
 PRIVATE = {
@@ -34,6 +39,12 @@ PRIVATE = {
 }
 """What every answer tells browsers, unless it says otherwise itself."""
 
+class BodyTooLarge(CallerError):
+    """A body, or what it unpacks to, is above its limit."""
+
+    reason = "body_too_large"
+
+
 # errors that are not 422 (CallerError) or 503 (WorldError)
 STATUS: dict[type[TSMError], int] = {
     StreamNotFound: 404,
@@ -46,8 +57,17 @@ STATUS: dict[type[TSMError], int] = {
     TokenNotFound: 404,
     TooManyFeeds: 429,
     TooManyRequests: 429,
+    KeyInFlight: 409,
     StreamChanged: 412,
     NoCapacity: 429,
+    MediaTooLarge: 413,
+    BodyTooLarge: 413,
+    ModelNotFound: 404,
+    ModelInUse: 409,
+    ModelBusy: 429,
+    UnknownSequence: 404,
+    SequenceBusy: 429,
+    RequestTimeout: 504,
 }
 
 
@@ -152,11 +172,15 @@ def _fact(error: Mapping[str, Any]) -> str:
 
 
 class BodyLimit:
-    """Refuses bodies above `limit` bytes: at once by their announced length, else while they come in."""
+    """Refuses bodies above `limit` bytes: at once by their announced length, else while they come in.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    larger: limits of the paths that match a regular expression as a whole, each with the setting it comes from.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, larger: Mapping[str, tuple[int, str]] | None = None) -> None:
         self._app = app
-        self._limit = limit
+        self._limit = (limit, "server.max_body_bytes")
+        self._larger = {re.compile(pattern): own for pattern, own in (larger or {}).items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -164,8 +188,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         said = dict(scope["headers"]).get(b"content-length", b"0")
-        text = f"the body is larger than {self._limit} bytes (server.max_body_bytes)"
-        if not said.isdigit() or int(said) > self._limit:
+        path = scope["path"]
+        limit, setting = next((own for known, own in self._larger.items() if known.fullmatch(path)), self._limit)
+        text = f"the body is larger than {limit} bytes ({setting})"
+        if not said.isdigit() or int(said) > limit:
             await problem(413, "body_too_large", text, headers={"Connection": "close"})(scope, receive, send)
             return
         came = 0
@@ -174,7 +200,7 @@ class BodyLimit:
             nonlocal came
             message = await receive()
             came += len(message.get("body", b""))
-            if came > self._limit:
+            if came > limit:
                 raise HTTPException(413, text, {"Connection": "close"})
             return message
 

@@ -6,14 +6,15 @@ import base64
 import secrets
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Query, Response
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
 from pipelines.faults import ProbeReport
 from services.feed import Hub
 from services.http.feeds import BOUNDARY, mjpeg, sse, stream_events
+from services.http.idempotency import REPLAYED, IdempotencyKey, Once
 from services.manager import ChangedStream, StreamManager, StreamStats, StreamView
 from services.schemas import SourceSpec, StreamSpec, StreamStatus
 from services.stream_models import StreamModels
@@ -142,18 +143,30 @@ CHANGES: dict[str, Any] = {"rate": {"summary": "Recognise fewer frames", "value"
 def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
     """The routes below /v1/streams."""
     router = APIRouter(prefix="/v1", tags=["streams"])
+    once = Once(manager.store)
 
-    @router.post("/streams", status_code=201, summary="Register a stream", responses={201: ETAG})
+    @router.post(
+        "/streams",
+        status_code=201,
+        summary="Register a stream",
+        response_model=StreamView,
+        responses={201: {"headers": {**ETAG["headers"], **REPLAYED}}},
+    )
     def create_stream(
-        response: Response,
+        request: Request,
         stream: Annotated[NewStream, Body(openapi_examples=EXAMPLES)],
         probe: Annotated[bool, Query(description="false: register it even if its source does not answer")] = True,
-    ) -> StreamView:
-        spec = StreamSpec(**{name: getattr(stream, name) for name in NewStream.model_fields})
-        view = manager.create(spec, check=probe)
-        hub.look()
-        response.headers["ETag"] = view.etag
-        return view
+        idempotency_key: IdempotencyKey = None,
+    ) -> Response:
+        def create() -> Response:
+            spec = StreamSpec(**{name: getattr(stream, name) for name in NewStream.model_fields})
+            view = manager.create(spec, check=probe)
+            hub.look()
+            return JSONResponse(view.model_dump(mode="json"), 201, {"ETag": view.etag})
+
+        password = stream.source.password.get_secret_value() if stream.source.password else None
+        asked = [stream.model_dump(mode="json", exclude_unset=True), password, probe]
+        return once.answer(request, idempotency_key, asked, create)
 
     @router.get("/streams", summary="All streams")
     def list_streams() -> StreamList:
