@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from services.controller import Controller
+from services.couriers.office import Couriers
 from services.embedded import EmbeddedValkey
 from services.engine import Engine
 from services.http.app import http_app
@@ -73,7 +74,9 @@ class ControllerReplica:
         self._store = open_store(settings.store)
         owner = f"controller-{serve.get_replica_context().replica_id.unique_id}"
         self._controller = Controller(self._store, settings.controller, owner)
+        self._couriers = Couriers(self._store, settings, lambda: self._controller.leading)
         self._controller.start()
+        self._couriers.start()
 
     def check_health(self) -> None:
         """Called by Serve: raises when the replica must be replaced."""
@@ -82,8 +85,9 @@ class ControllerReplica:
 
     def __del__(self) -> None:
         """Called by Serve before it ends the replica: another may lead at once."""
-        if hasattr(self, "_controller"):
+        if hasattr(self, "_couriers"):
             self._controller.stop()
+            self._couriers.stop()
             self._store.close()
 
 

@@ -8,6 +8,7 @@ from fastapi.staticfiles import StaticFiles
 from services.feed import Hub
 from services.http.problems import ERRORS, BodyLimit, add_problems
 from services.http.service import WEB, service_router
+from services.http.sinks import sinks_router
 from services.http.streams import streams_router
 from services.manager import StreamManager
 from services.settings import Settings
@@ -29,6 +30,7 @@ def http_app(manager: StreamManager, settings: Settings | None = None) -> FastAP
     app.add_middleware(BodyLimit, limit=settings.server.max_body_bytes)
     add_problems(app)
     app.include_router(streams_router(manager, hub))
+    app.include_router(sinks_router(manager.store, settings))
     app.include_router(service_router(manager, hub, settings))
     app.mount("/static", StaticFiles(directory=WEB), name="static")
     return app

@@ -21,6 +21,7 @@ from services.inference import ModelBusy, ModelInUse, RequestTimeout, SequenceBu
 from services.locks.callers import BadToken, Forbidden, NoToken
 from services.locks.limits import TooManyFeeds, TooManyRequests
 from services.locks.tokens import TokenExists, TokenNotFound
+from services.couriers.office import SinkNotFound
 from services.manager import NoCapacity, NoPicture
 from services.oip import ModelNotFound
 from services.store import StreamChanged, StreamExists, StreamNotFound
@@ -49,6 +50,7 @@ class BodyTooLarge(CallerError):
 STATUS: dict[type[TSMError], int] = {
     StreamNotFound: 404,
     NoPicture: 404,
+    SinkNotFound: 404,
     StreamExists: 409,
     NoToken: 401,
     BadToken: 401,
