@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
-import socket
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 from pydantic import Field
 
+from pipelines.addresses import AddressNotAllowed, AddressNotFound, check_url
 from pipelines.faults import ProbeReport, file_path, has_secret, probe, redact
+from services.event_query import EventFilter, Page, Place, find_event, find_events
 from services.schemas import Latency, ReplicaInfo, SourceSpec, StreamSpec, StreamState, StreamStatus
 from services.settings import Settings
 from services.store import StateStore, StreamChanged, StreamExists
@@ -26,13 +26,6 @@ from tsm_core.errors import CallerError, WorldError
 from tsm_core.postprocess import GestureSmoother
 from tsm_core.recipes import Recipe, SmootherName
 from tsm_core.zoo import UnknownModel, find_model
-
-FORBIDDEN_NETS = tuple(
-    ipaddress.ip_network(net)
-    for net in ("169.254.0.0/16", "fe80::/10", "100.100.100.200/32", "fd00:ec2::254/128", "192.0.0.192/32")
-)
-"""Link-local addresses and the clouds' metadata services: never a camera."""
-
 
 RESTARTING = ("source", "models", "max_fps", "enabled")
 """Fields of a specification whose change begins the source anew."""
@@ -115,6 +108,7 @@ class ServiceStats(Wire):
     streams: int
     running: int
     by_state: dict[str, int]
+    waiting: int = Field(0, description="streams that should be served and that no replica serves")
     received: int
     processed: int
     dropped: dict[str, int]
@@ -299,9 +293,10 @@ class StreamManager:
             events=self.store.latest_sequence(stream_id),
         )
 
-    def service_stats(self) -> ServiceStats:
-        """The sum over all streams and replicas."""
-        views, replicas = self.streams(), self.store.replicas()
+    def service_stats(self, sees: Callable[[str], bool] = lambda _: True) -> ServiceStats:
+        """The sum over all replicas, and over the streams whose ids `sees` accepts."""
+        views, replicas = [view for view in self.streams() if sees(view.id)], self.store.replicas()
+        alive = {replica.id for replica in replicas}
         dropped: Counter[str] = Counter()
         for view in views:
             dropped.update(view.status.dropped)
@@ -310,6 +305,7 @@ class StreamManager:
             streams=len(views),
             running=states["RUNNING"],
             by_state=dict(states),
+            waiting=sum(_waits(view, alive) for view in views),
             received=sum(view.status.received for view in views),
             processed=sum(view.status.processed for view in views),
             dropped=dict(dropped),
@@ -343,15 +339,21 @@ class StreamManager:
         self.store.get_stream(stream_id)
         return self.store.events(stream_id, after, limit)
 
-    def recent_events(self, stream_id: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-        """The newest events of one stream or of all, newest first. Raises StreamNotFound."""
-        ids = [self.store.get_stream(stream_id).id] if stream_id else [spec.id for spec in self.store.list_streams()]
-        found: list[dict[str, Any]] = []
-        for one in ids:
-            newest = self.store.latest_sequence(one)
-            found += self.store.events(one, max(0, newest - limit), limit)
-        found.sort(key=lambda event: float(event.get("published_s", 0.0)), reverse=True)
-        return found[:limit]
+    def find_events(
+        self,
+        wanted: EventFilter,
+        limit: int = 100,
+        *,
+        streams: Iterable[str] | None = None,
+        behind: Place | None = None,
+    ) -> Page:
+        """Events of these streams, or of all, newest first; `behind` is where the page before ended."""
+        ids = [spec.id for spec in self.store.list_streams()] if streams is None else streams
+        return find_events(self.store, ids, wanted, limit, behind)
+
+    def event(self, event_id: str) -> dict[str, Any]:
+        """One event that is still kept. Raises EventNotFound."""
+        return find_event(self.store, event_id)
 
     def scores(self, stream_id: str, limit: int = 600) -> list[dict[str, Any]]:
         """Up to `limit` of the stream's newest score records, oldest first. Raises StreamNotFound."""
@@ -375,8 +377,12 @@ class StreamManager:
         if source.is_file:
             path = self._allowed_file(file_path(source.uri))
             return source.model_copy(update={"uri": "file://" + quote(str(path))})
-        parts = urlsplit(source.uri)
-        self._allowed_host(parts.hostname or "", parts.port or (322 if parts.scheme == "rtsps" else 554))
+        try:
+            check_url(source.uri, schemes=("rtsp", "rtsps"), networks=self.settings.source.networks)
+        except AddressNotAllowed as error:
+            raise SourceNotAllowed(str(error)) from None
+        except AddressNotFound:
+            pass  # the probe has words for it
         if source.password is not None or has_secret(source.uri):
             if source.decoder == "ffmpeg":
                 raise SourceNotAllowed(
@@ -406,21 +412,6 @@ class StreamManager:
         if not path.is_file():
             raise SourceNotFound(f"file {given} does not exist or is no regular file")
         return path
-
-    def _allowed_host(self, host: str, port: int) -> None:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            return  # the probe has words for a host that cannot be found
-        for *_, address in found:
-            ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
-            mapped = getattr(ip, "ipv4_mapped", None)
-            ip = mapped or ip
-            if any(ip.version == net.version and ip in net for net in FORBIDDEN_NETS):
-                raise SourceNotAllowed(
-                    f"host {host} is {ip}, a link-local or cloud metadata address; cameras there are never opened: "
-                    "use the camera's routable address"
-                )
 
     def _known(self, wanted: Sequence[StreamModel]) -> tuple[StreamModel, ...]:
         served = {model.name: model for model in self._models}
@@ -491,6 +482,8 @@ class StreamManager:
             transport=source.rtsp_transport,
             timeout_s=self.settings.source.probe_timeout_s,
             depth=depth,
+            networks=self.settings.source.networks,
+            max_pixels=self.settings.limits.pixels,
         )
 
     def _enable(self, stream_id: str, enabled: bool) -> StreamView:
@@ -537,6 +530,11 @@ def _match(spec: StreamSpec, if_match: str | None) -> None:
         f"stream {spec.id!r} is now {spec.etag}, not {if_match[:100]}; read it again and repeat the change on what it "
         "is now, or leave If-Match out"
     )
+
+
+def _waits(view: StreamView, alive: set[str]) -> bool:
+    """True for a stream that should be served and is by no replica that lives."""
+    return view.enabled and view.status.state != "ENDED" and view.status.worker not in alive
 
 
 def _shown(spec: StreamSpec, status: StreamStatus | None, alive: set[str]) -> StreamStatus:

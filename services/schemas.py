@@ -18,6 +18,7 @@ from tsm_core.types import ActionEvent, ObjectEvent, Scores, Track
 
 EVENT_PREFIX = "tsm.v1"
 PUSHED = "push:"  # the source of a sequence
+SEQUENCES = "sequences"  # the kind of document that says what became of sequences that are over
 
 StreamState = Literal["STARTING", "RUNNING", "RESTARTING", "STOPPING", "STOPPED", "FAILED", "ENDED"]
 
@@ -259,7 +260,7 @@ def cloud_event(event: ActionEvent, about: Mapping[str, str] | None = None) -> d
 def _envelope(stream_id: str, kind: str, subject: str, time_s: float, data: dict[str, Any]) -> dict[str, Any]:
     return {
         "specversion": "1.0",
-        "id": str(uuid.uuid4()),
+        "id": f"{stream_id}.{uuid.uuid4().hex}",  # tells where to look for it
         "source": f"/streams/{stream_id}",
         "type": f"{EVENT_PREFIX}.{kind}",
         "subject": subject,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from services.feed import Hub
+from services.locks.callers import Caller
 from services.manager import StreamManager
 from tsm_core.errors import WorldError
 
@@ -59,11 +61,11 @@ async def stream_events(manager: StreamManager, hub: Hub, stream_id: str, after:
                     yield ": still here\n\n"
 
 
-async def all_events(hub: Hub, stream_id: str | None) -> AsyncIterator[str]:
-    """Events of all streams, or of one, from now on."""
+async def all_events(hub: Hub, wants: Callable[[dict[str, Any]], bool]) -> AsyncIterator[str]:
+    """The events of all streams that are wanted, from now on."""
 
     def wanted(message: dict[str, Any]) -> bool:
-        return message["type"] == "event" and stream_id in (None, message["stream_id"])
+        return message["type"] == "event" and wants(message["event"])
 
     async with hub.subscribe(wanted) as subscription:
         yield ": open\n\n"
@@ -80,24 +82,46 @@ def _sse_event(event_id: str, event: dict[str, Any]) -> str:
     return f"id: {event_id}\nevent: {event['type']}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n"
 
 
-def sse(lines: AsyncIterator[str]) -> StreamingResponse:
+class Feed(StreamingResponse):
+    """An answer that does not end, one of those that its caller may follow at once. Raises TooManyFeeds."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        with scope["app"].state.locks.feed(scope["state"]["caller"]):
+            await super().__call__(scope, receive, send)
+
+
+def sse(lines: AsyncIterator[str]) -> Feed:
     """An answer of server-sent events."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+    return Feed(lines, media_type="text/event-stream", headers=headers)
 
 
-async def follow(socket: WebSocket, manager: StreamManager, hub: Hub) -> None:
-    """Tell the page everything until it goes away; of scores the newest, at most five a second."""
+def seen_by(caller: Caller, message: dict[str, Any]) -> dict[str, Any] | None:
+    """The part of a message of the hub that the caller may see; None when that is nothing."""
+    if caller.streams is None:
+        return message
+    if message["type"] == "streams":
+        return {"type": "streams", "streams": [view for view in message["streams"] if caller.sees(view["id"])]}
+    if message["type"] == "status":
+        return {"type": "status", "statuses": {k: v for k, v in message["statuses"].items() if caller.sees(k)}}
+    return message if caller.sees(message["stream_id"]) else None
+
+
+async def follow(socket: WebSocket, manager: StreamManager, hub: Hub, caller: Caller) -> None:
+    """Tell the page all about the caller's streams until it goes away; of scores the newest, at most five a second."""
 
     async def talk() -> None:
         async with hub.subscribe(lambda message: message["type"] not in ("gone", "open")) as subscription:
-            views = await run_in_threadpool(manager.streams)
-            await socket.send_json({"type": "streams", "streams": [view.model_dump(mode="json") for view in views]})
+            views = [view.model_dump(mode="json") for view in await run_in_threadpool(manager.streams)]
+            await socket.send_json(seen_by(caller, {"type": "streams", "streams": views}))
             newest: dict[tuple[str, str], dict[str, Any]] = {}
             next_scores = 0.0
             clock = asyncio.get_running_loop().time
             while True:
-                for message in await subscription.get(SCORE_PAUSE_S if newest else HEARTBEAT_S):
+                for told in await subscription.get(SCORE_PAUSE_S if newest else HEARTBEAT_S):
+                    if (message := seen_by(caller, told)) is None:
+                        continue
                     if message["type"] == "score":
                         newest[message["stream_id"], message["score"]["model"]] = message["score"]
                     else:

@@ -16,17 +16,19 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.media_limits import MediaTooLarge
+from services.couriers.office import SinkNotFound
+from services.event_query import EventNotFound
 from services.http.idempotency import KeyInFlight
 from services.inference import ModelBusy, ModelInUse, RequestTimeout, SequenceBusy, UnknownSequence
-from services.locks.callers import BadToken, Forbidden, NoToken
+from services.locks.callers import BadToken, CrossOrigin, Forbidden, NoToken, WrongHost
 from services.locks.limits import TooManyFeeds, TooManyRequests
 from services.locks.tokens import TokenExists, TokenNotFound
-from services.couriers.office import SinkNotFound
 from services.manager import NoCapacity, NoPicture
 from services.oip import ModelNotFound
 from services.store import StreamChanged, StreamExists, StreamNotFound
 from tsm_core.errors import CallerError, TSMError, WorldError
 
+BUG = "an error of the service; its log says more"
 RETRY_AFTER_S = 2
 PRIVATE = {
     "Cache-Control": "no-store",
@@ -40,6 +42,7 @@ PRIVATE = {
 }
 """What every answer tells browsers, unless it says otherwise itself."""
 
+
 class BodyTooLarge(CallerError):
     """A body, or what it unpacks to, is above its limit."""
 
@@ -50,11 +53,14 @@ class BodyTooLarge(CallerError):
 STATUS: dict[type[TSMError], int] = {
     StreamNotFound: 404,
     NoPicture: 404,
+    EventNotFound: 404,
     SinkNotFound: 404,
     StreamExists: 409,
     NoToken: 401,
     BadToken: 401,
     Forbidden: 403,
+    CrossOrigin: 403,
+    WrongHost: 421,
     TokenExists: 409,
     TokenNotFound: 404,
     TooManyFeeds: 429,
@@ -166,7 +172,7 @@ def add_problems(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:
-        return problem(500, "internal_error", "an error of the service; its log says more", headers=PRIVATE)
+        return problem(500, "internal_error", BUG, headers=PRIVATE)
 
 
 def _fact(error: Mapping[str, Any]) -> str:

@@ -7,16 +7,18 @@ import secrets
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
 from pipelines.faults import ProbeReport
 from services.feed import Hub
-from services.http.feeds import BOUNDARY, mjpeg, sse, stream_events
+from services.http.cursors import Cursor, decode_cursor, encode_cursor
+from services.http.feeds import BOUNDARY, Feed, mjpeg, sse, stream_events
+from services.http.guard import Calls
 from services.http.idempotency import REPLAYED, IdempotencyKey, Once
 from services.manager import ChangedStream, StreamManager, StreamStats, StreamView
-from services.schemas import SourceSpec, StreamSpec, StreamStatus
+from services.schemas import SourceSpec, StreamSpec, StreamState, StreamStatus
 from services.stream_models import StreamModels
 from services.wire import StreamId, Wire
 
@@ -86,9 +88,10 @@ class ProbeResult(Wire):
 
 
 class StreamList(Wire):
-    """All streams, ordered by id."""
+    """Streams, ordered by id."""
 
     streams: list[StreamView]
+    next_cursor: str | None = Field(None, description="where the next page begins; null: this was the last one")
 
 
 class ScoreList(Wire):
@@ -137,6 +140,7 @@ IfMatch = Annotated[
     str | None,
     Header(max_length=1000, description="only if the stream still has this ETag; otherwise 412, and nothing changes"),
 ]
+Tag = Annotated[str, Field(pattern=r"^[^:]+:.*$")]
 CHANGES: dict[str, Any] = {"rate": {"summary": "Recognise fewer frames", "value": {"name": "Door", "max_fps": 5}}}
 
 
@@ -154,10 +158,13 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
     )
     def create_stream(
         request: Request,
+        caller: Calls,
         stream: Annotated[NewStream, Body(openapi_examples=EXAMPLES)],
         probe: Annotated[bool, Query(description="false: register it even if its source does not answer")] = True,
         idempotency_key: IdempotencyKey = None,
     ) -> Response:
+        request.app.state.locks.allow(caller, "operator", stream.id)
+
         def create() -> Response:
             spec = StreamSpec(**{name: getattr(stream, name) for name in NewStream.model_fields})
             view = manager.create(spec, check=probe)
@@ -168,9 +175,28 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
         asked = [stream.model_dump(mode="json", exclude_unset=True), password, probe]
         return once.answer(request, idempotency_key, asked, create)
 
-    @router.get("/streams", summary="All streams")
-    def list_streams() -> StreamList:
-        return StreamList(streams=manager.streams())
+    @router.get("/streams", summary="All streams, ordered by id")
+    def list_streams(
+        caller: Calls,
+        state: Annotated[list[StreamState] | None, Query(description="only in one of these states")] = None,
+        tag: Annotated[list[Tag] | None, Query(description="key:value; only with all of these tags")] = None,
+        limit: Annotated[int | None, Query(ge=1, le=1000, description="default: all at once")] = None,
+        cursor: Cursor = None,
+    ) -> StreamList:
+        behind = "" if cursor is None else decode_cursor("streams", cursor, str)[0]
+        tags = [(key, value) for key, _, value in (one.partition(":") for one in tag or ())]
+        found = [
+            view
+            for view in manager.streams()
+            if view.id > behind
+            and caller.sees(view.id)
+            and (not state or view.status.state in state)
+            and all(view.tags.get(key) == value for key, value in tags)
+        ]
+        page = found if limit is None else found[:limit]
+        return StreamList(
+            streams=page, next_cursor=encode_cursor("streams", page[-1].id) if found[len(page) :] else None
+        )
 
     @router.post("/streams:probe", summary="Try a source without registering it")
     def probe_source(request: ProbeRequest) -> ProbeResult:
@@ -241,9 +267,9 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
         response_class=Response,
         responses={200: {"content": {f"multipart/x-mixed-replace; boundary={BOUNDARY}": {}}}},
     )
-    async def pictures(stream_id: str) -> StreamingResponse:
+    async def pictures(stream_id: str) -> Feed:
         await run_in_threadpool(manager.store.get_stream, stream_id)
-        return StreamingResponse(
+        return Feed(
             mjpeg(hub, stream_id),
             media_type=f"multipart/x-mixed-replace; boundary={BOUNDARY}",
             headers={"Cache-Control": "no-store"},
@@ -259,7 +285,7 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
         stream_id: str,
         after: Annotated[int | None, Query(ge=0, description="begin behind this sequence; default: from now")] = None,
         last_event_id: Annotated[str | None, Header(description="as `after`; sent by browsers")] = None,
-    ) -> StreamingResponse:
+    ) -> Feed:
         begin = int(last_event_id) if last_event_id and last_event_id.isdecimal() else after
         if begin is None:
             begin = (await run_in_threadpool(manager.stats, stream_id)).events
