@@ -48,6 +48,7 @@ check: $(VENV)/.test
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/tables.py --check
 	$(BIN)/python helm/make_schema.py --check
+	$(BIN)/python -m services.rpc.make_stubs --check
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .
@@ -69,6 +70,7 @@ moving-shapes: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python docs/tables.py
 	$(BIN)/python helm/make_schema.py
+	$(BIN)/python -m services.rpc.make_stubs
 
 clean:
 	rm -rf $(VENV) .tsm .pytest_cache .mypy_cache .ruff_cache build *.egg-info

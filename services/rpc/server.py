@@ -9,22 +9,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from services.http.problems import status_of
-from services.locks.callers import Caller, Locks, Role
+from services.locks.callers import Caller, Locks
+from services.locks.tokens import Role
 from services.ports import PortTaken, bracketed
+from services.store import StreamExists
 from tsm_core.errors import CallerError, TSMError
 
 log = logging.getLogger(__name__)
@@ -39,7 +43,7 @@ CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
-    409: grpc.StatusCode.ALREADY_EXISTS,
+    409: grpc.StatusCode.FAILED_PRECONDITION,
     412: grpc.StatusCode.ABORTED,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     422: grpc.StatusCode.INVALID_ARGUMENT,
@@ -59,9 +63,10 @@ class Call:
     metadata: Mapping[str, str | bytes]
 
 
-Handler = grpc.RpcMethodHandler[Any, Any]
-Unary = Callable[[Any, Any], Awaitable[Any]]
-Streaming = Callable[[Any, Any], AsyncIterator[Any]]
+class BadMessage(CallerError):
+    """Bytes that are no message of the method's kind."""
+
+    reason = "invalid_message"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,50 +86,93 @@ class RpcService:
         """The least role for a method."""
         return self.roles.get(method, "admin")
 
-    def handlers(self, locks: Locks) -> dict[str, Handler]:
-        """Handlers for grpc.aio by method, behind the locks."""
-        return {method.name: self._handler(method, locks) for method in self.descriptor.methods}
+    def guarded(self, locks: Locks) -> dict[str, Callable[[Any, Any], Any]]:
+        """By method: what it does with a request, a message or its bytes, and gRPC's context, behind the locks."""
+        return {method.name: self._guarded(method, locks) for method in self.descriptor.methods}
 
-    def _handler(self, method: MethodDescriptor, locks: Locks) -> Handler:
-        behaviour = getattr(self.servicer, method.name)
-        kind = f"{_arity(method.client_streaming)}_{_arity(method.server_streaming)}"
-        guarded = (_guarded_stream if method.server_streaming else _guarded_unary)(
-            behaviour, locks, self.role(method.name)
-        )
-        handler: Handler = getattr(grpc, f"{kind}_rpc_method_handler")(
-            guarded,
-            request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
-            response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
-        )
-        return handler
+    def handlers(self, locks: Locks) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """By method: its handler for grpc.aio. Requests are read only once their caller is known."""
+        found = {}
+        for method in self.descriptor.methods:
+            kinds = ("stream" if streams else "unary" for streams in (method.client_streaming, method.server_streaming))
+            handler = getattr(grpc, f"{'_'.join(kinds)}_rpc_method_handler")
+            serializer = message_factory.GetMessageClass(method.output_type).SerializeToString
+            found[method.name] = handler(self._guarded(method, locks), response_serializer=serializer)
+        return found
+
+    def _guarded(self, method: MethodDescriptor, locks: Locks) -> Callable[[Any, Any], Any]:
+        behaviour, role = getattr(self.servicer, method.name), self.role(method.name)
+        kind = message_factory.GetMessageClass(method.input_type)
+        answer = message_factory.GetMessageClass(method.output_type)
+
+        async def admitted(request: Any, context: Any) -> tuple[Any, Call]:
+            call = await admit(locks, role, context)
+            if method.client_streaming:
+                return (parsed(kind, one) async for one in request), call
+            message = parsed(kind, request)
+            for stream_id in named_streams(message):
+                locks.allow(call.caller, role, stream_id)
+            return message, call
+
+        async def unary(request: Any, context: Any) -> Any:
+            try:
+                return await behaviour(*await admitted(request, context))
+            except Exception as error:  # noqa: BLE001  all become a code
+                await refuse(context, error)
+                return answer()
+
+        async def stream(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+            try:
+                message, call = await admitted(request, context)
+                with locks.feed(call.caller):
+                    async with aclosing(behaviour(message, call)) as answers:
+                        async for one in answers:
+                            yield one
+            except Exception as error:
+                await refuse(context, error)
+                raise
+
+        return stream if method.server_streaming else unary
 
 
-def _arity(streaming: bool) -> str:
-    return "stream" if streaming else "unary"
-
-
-async def admit(locks: Locks, role: Role, request: Any, metadata: Iterable[tuple[str, str | bytes]]) -> Call:
-    """The call, when its caller has the role and sees every stream that the request names.
-
-    Raises NoToken, BadToken, Forbidden, StoreDown.
-    """
-    told = dict(metadata)
-    authorization = told.get("authorization")
-    caller = await asyncio.to_thread(locks.caller, authorization if isinstance(authorization, str) else None)
-    for stream_id in named_streams(request) or (None,):
-        locks.allow(caller, role, stream_id)
+async def admit(locks: Locks, role: Role, context: Any) -> Call:
+    """The call of a caller who has the role. Raises NoToken, BadToken, TooManyRequests, Forbidden, StoreDown."""
+    told = dict(context.invocation_metadata())
+    given = told.get("authorization")
+    authorization = given if isinstance(given, str) else None
+    caller = await asyncio.to_thread(locks.caller, authorization, address_of(context.peer()))
+    locks.allow(caller, role)
     return Call(caller, told)
 
 
+def address_of(peer: str) -> str:
+    """The address of gRPC's name for a peer, such as `ipv4:127.0.0.1:5312` or `ipv6:[::1]:5312`."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+
+
+def parsed(kind: Any, request: Any) -> Any:
+    """The message of these bytes; one that is read already as it is. Raises BadMessage."""
+    if not isinstance(request, bytes):
+        return request
+    try:
+        return kind.FromString(request)
+    except DecodeError:
+        raise BadMessage(f"these {len(request)} bytes are no message of the type {kind.DESCRIPTOR.full_name}") from None
+
+
 def named_streams(request: Any) -> tuple[str, ...]:
-    """The streams that a request is about: its `stream_id`, given or not, or its `stream_ids`."""
+    """The streams that a request is about: its `stream_id` or `stream.id`, given or not, or its `stream_ids`."""
     if hasattr(request, "stream_id"):
         return (request.stream_id,)
+    if hasattr(request, "stream"):
+        return (request.stream.id,)
     return tuple(getattr(request, "stream_ids", ()))
 
 
 def refusal(error: Exception) -> tuple[grpc.StatusCode, str, str]:
     """(code, text, reason) that a caller is told for an error; a bug is logged and told without its text."""
+    if isinstance(error, StreamExists):
+        return grpc.StatusCode.ALREADY_EXISTS, str(error), error.reason
     if isinstance(error, TSMError):
         unlisted = grpc.StatusCode.INVALID_ARGUMENT if isinstance(error, CallerError) else grpc.StatusCode.UNAVAILABLE
         return CODES.get(status_of(error), unlisted), str(error), error.reason
@@ -132,33 +180,14 @@ def refusal(error: Exception) -> tuple[grpc.StatusCode, str, str]:
     return grpc.StatusCode.INTERNAL, "an error of the service; its log says more", "internal_error"
 
 
-async def _refuse(context: Any, error: Exception) -> None:
+async def refuse(context: Any, error: Exception) -> None:
+    """Tell the caller of an error: under grpc.aio this ends the call, behind Serve's proxy it notes what to say."""
     code, text, reason = refusal(error)
-    await context.abort(code, text, (("reason", reason),))
-
-
-def _guarded_unary(behaviour: Unary, locks: Locks, role: Role) -> Unary:
-    async def guarded(request: Any, context: Any) -> Any:
-        try:
-            call = await admit(locks, role, request, context.invocation_metadata())
-            return await behaviour(request, call)
-        except Exception as error:  # noqa: BLE001  all become a code
-            return await _refuse(context, error)
-
-    return guarded
-
-
-def _guarded_stream(behaviour: Streaming, locks: Locks, role: Role) -> Streaming:
-    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            call = await admit(locks, role, request, context.invocation_metadata())
-            async with aclosing(behaviour(request, call)) as answers:  # type: ignore[type-var]
-                async for answer in answers:
-                    yield answer
-        except Exception as error:  # noqa: BLE001  all become a code
-            await _refuse(context, error)
-
-    return guarded
+    if hasattr(context, "abort"):
+        await context.abort(code, text, (("reason", reason),))
+    context.set_code(code)
+    context.set_details(text)
+    context.set_trailing_metadata([("reason", reason)])
 
 
 def one_pool(files: Iterable[Any]) -> descriptor_pool.DescriptorPool:
