@@ -22,7 +22,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.http.problems import PRIVATE, problem_of
-from services.locks.callers import ANYONE, ROLES, BadToken, Caller, Locks, on_loopback
+from services.locks.callers import ANYONE, ROLES, BadToken, Caller, CrossOrigin, Locks, WrongHost, on_loopback
 from services.locks.tokens import Role
 from services.settings import Settings
 from tsm_core.errors import CallerError, TSMError
@@ -34,18 +34,6 @@ PLAIN: dict[str, Policy] = {"/openapi.json": "viewer", "/static": "public"}  # w
 SOCKETS: dict[str, Policy] = {"/v1/ws": "viewer"}
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 RECHECK_S = 5.0  # a feed of a token that is revoked ends after so long
-
-
-class WrongHost(CallerError):
-    """The request was meant for a host that this service does not answer for."""
-
-    reason = "wrong_host"
-
-
-class CrossOrigin(CallerError):
-    """Another site's page sent this."""
-
-    reason = "cross_origin"
 
 
 def caller_of(connection: HTTPConnection) -> Caller:

@@ -41,6 +41,18 @@ class Forbidden(CallerError):
     reason = "forbidden"
 
 
+class WrongHost(CallerError):
+    """The request was meant for a host that this service does not answer for."""
+
+    reason = "wrong_host"
+
+
+class CrossOrigin(CallerError):
+    """Another site's page sent this."""
+
+    reason = "cross_origin"
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who calls. `streams`: patterns of the ids that may be seen and touched (`yard-*`); None: all."""

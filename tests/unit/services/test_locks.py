@@ -211,14 +211,15 @@ def test_feeds_are_counted() -> None:
 
 def test_a_caller_follows_so_many_feeds_at_once() -> None:
     with door(settings_of(feeds=2)) as (client, _):
-        client.headers |= bearer(SHARED)
+        client.headers.update(bearer(SHARED))
         url = str(client.base_url).replace("http", "ws") + "/v1/ws"
         listen = {"Accept": "text/event-stream"}
         with connect(url, additional_headers=bearer(SHARED)) as socket:
             socket.recv(10)
             with client.stream("GET", "/v1/events", headers=listen) as first:
                 assert first.status_code == 200
-                next(first.iter_lines())
+                lines = first.iter_lines()  # kept: its end would close the feed
+                assert next(lines) == ": open"
                 third = client.get("/v1/events", headers=listen)
                 assert (third.status_code, third.json()["reason"]) == (429, "too_many_feeds")
         until = time.monotonic() + 10
