@@ -61,7 +61,8 @@ class FrameObjects:
 class FrameResult:
     """What one frame gave: scores of a recogniser, or objects of a detector, and what there is to tell.
 
-    A recogniser's scores are None where window mode had no result due. A detector's objects are never None.
+    A recogniser's scores are None where window mode had no result due; logits are what they were made of. A detector's
+    objects are never None.
     """
 
     frame_number: int
@@ -70,6 +71,7 @@ class FrameResult:
     scores: Scores | None
     events: tuple[Event, ...]
     objects: FrameObjects | None = None
+    logits: tuple[float, ...] | None = None
 
 
 class _Findings(Protocol):
@@ -113,7 +115,7 @@ class _Actions:
             return FrameResult(*at, None, ())
         seen, of = self.model.warmup(self.arena, self.slot)
         scores = Scores(self.recipe.labels, self.smoother.update(row, frame.time_s), seen, of)
-        return FrameResult(*at, scores, tuple(self.detector.update(scores, *at)))
+        return FrameResult(*at, scores, tuple(self.detector.update(scores, *at)), logits=tuple(row.tolist()))
 
     def ends(self) -> Sequence[Event]:
         return self.detector.close()

@@ -14,7 +14,7 @@ from services.served import Output, Served
 from services.snapshots import ModelState
 from services.stream_models import StreamModel
 from tsm_core.arena import Slot, WindowArena
-from tsm_core.types import Frame
+from tsm_core.types import Frame, Scores, Track
 
 BACKWARD_S = 0.5  # a clock may be set back so far without a new beginning
 
@@ -35,10 +35,15 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Records ready for the wire."""
+    """Records ready for the wire; `found` is what they were made of, the scores or the tracks with a box.
+
+    warmup (k, L): frames that the state has seen, of those that matter.
+    """
 
     scores: Sequence[Record] = ()
     events: Sequence[Record] = ()
+    found: Scores | Sequence[Track] = ()
+    warmup: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +70,13 @@ class Analytics(ABC, Generic[Output]):
         self.last_time_s: float | None = None
 
     def passed_gap(self, frame: Frame) -> bool:
-        """Note the frame's time; True when it is too far from the last one for the state to go on."""
-        before_s, self.last_time_s = self.last_time_s, frame.time_s
+        """True when the frame's time is too far from the last one's for the state to go on."""
+        before_s = self.last_time_s
         return before_s is not None and not -BACKWARD_S <= frame.time_s - before_s <= self.max_gap_s
+
+    @abstractmethod
+    def restart(self) -> list[Record]:
+        """Begin anew with the next frame: fresh state, nothing open; the events of what was open."""
 
     @abstractmethod
     def follow(self, frame: Frame) -> Look:

@@ -19,6 +19,7 @@ from services.settings import ControllerSettings
 from services.store import StaleLease, StateStore, StoreDown, StreamNotFound
 
 SETTLE_S = 2.0  # a replica so long alive may be given streams of others, one in each such time
+NEW_SEQUENCE_S = 2.0  # a sequence so young is given to a replica by the gateway that began it
 HUNG_S = 15.0  # a look takes milliseconds, a store that is down a few seconds
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,14 @@ class Controller:
     def _reconcile(self, now: float) -> None:
         specs, leases, statuses, replicas = self._store.survey()
         self._seen = {name: self._seen.get(name, now) for name in replicas}
+
+        young_s = time.time() - NEW_SEQUENCE_S
+        begun = {
+            stream_id
+            for stream_id, spec in specs.items()
+            if spec.source.is_pushed and stream_id not in leases and spec.created_at.timestamp() > young_s
+        }
+        specs = {stream_id: spec for stream_id, spec in specs.items() if stream_id not in begun}
 
         calm = now - self._moved_at >= SETTLE_S
         if now < self._patient_until:

@@ -48,12 +48,16 @@ class ObjectDetection(Analytics[Boxes]):
         return tuple(self._alive.values())
 
     @override
+    def restart(self) -> list[Record]:
+        self.last_time_s = None
+        self.free()
+        self.slot = self.served.allocate()
+        return self.close()
+
+    @override
     def follow(self, frame: Frame) -> Look:
-        ended: list[Record] = []
-        if self.passed_gap(frame):
-            self.free()
-            self.slot = self.served.allocate()
-            ended = self.close()
+        ended = self.restart() if self.passed_gap(frame) else []
+        self.last_time_s = frame.time_s
         return Look([View(frame.image, self.slot)], ended)
 
     @override
@@ -65,7 +69,7 @@ class ObjectDetection(Analytics[Boxes]):
         self._alive.update((track.track_id, track) for track in self.shown)
         seen = warmup or self.served.warmup(self.slot)
         record = objects_record(self.stream_id, self.served.name, *at, self.shown, seen)
-        return Result([record], self._told(events))
+        return Result([record], self._told(events), tuple(self.shown), seen)
 
     @override
     def holds(self, view: View) -> bool:

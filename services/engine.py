@@ -10,25 +10,30 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 
+from pipelines.media_limits import DEFAULT_LIMITS
 from pipelines.sources import Source
 from services.batcher import Batcher, Row
 from services.frame_queue import FrameQueue
+from services.inference import InferReply, InferRequest, ModelNotReady
 from services.lanes import Clip, ClipLane, Sight
 from services.previews import Previews
-from services.schemas import Lease, ReplicaInfo, StreamSpec
+from services.pushed import NotMine, PushedSession
+from services.requests import Requests, check_request
+from services.schemas import SEQUENCES, Lease, ReplicaInfo, StreamSpec
 from services.served import Model, Served, ServedRecogniser, serve
 from services.session import ModelNotLoaded, OpenSource, Session
-from services.settings import Settings
-from services.sinks import Outlet, Publisher
+from services.settings import ModelSettings, Settings
+from services.sinks import Outlet, Passage, Publisher
 from services.snapshots import Snapshot, encode_snapshot
-from services.store import StaleLease, StateStore
+from services.store import StaleLease, StateStore, StreamNotFound
 from services.telemetry import EngineFigures, Telemetry
+from services.wanted import FAULT_KEPT_S, FAULTS, wanted_models
 from tsm_core.arena import ArenaFull, WindowArena
 from tsm_core.checkpoints import load_model
 from tsm_core.errors import TSMError, WorldError
@@ -40,6 +45,7 @@ HEARTBEAT_S = 0.25
 METRICS_S = 2.0
 STUCK_S = 5.0
 CLIP_STUCK_S = 60.0
+SEQUENCE_NOTE_S = 600.0
 TAKE_S = 0.2  # how often an idle loop shows that it lives
 
 
@@ -119,10 +125,13 @@ class Engine:
         self.sessions: dict[str, Session] = {}
         self.batcher = Batcher(settings.engine.max_batch, settings.engine.max_wait_ms / 1000)
         self.publisher = Publisher(store)
-        self.telemetry = Telemetry(self.figures)
+        self.telemetry = Telemetry(self.figures, settings.telemetry.stream_labels)
         self.served: dict[str, Served[Any]] = {}
         self._lanes: dict[str, ClipLane] = {}
+        self._requests = Requests(self.served, DEFAULT_LIMITS, settings.engine.max_batch, self.telemetry)
+        self._pending: Counter[str] = Counter()  # requests by model
         self._models = models
+        self._loading: threading.Thread | None = None
         self._open_source = open_source
         self._previews = Previews(store, lambda: list(self.sessions.values()), settings.preview)
         self._by_queue: dict[FrameQueue, Session] = {}
@@ -132,6 +141,8 @@ class Engine:
         self._lock = StepLock()
         self._changing = threading.Lock()  # one change of `sessions` at a time
         self._stopping = threading.Event()
+        self._look = threading.Event()  # somebody cannot wait for the next look at the leases
+        self._over: dict[str, str] = {}  # sequences that were let go and are not forgotten by the store yet, and why
         self._silent = threading.Event()  # no heartbeats any more
         self._draining = False
         self._started_s = 0.0
@@ -148,28 +159,25 @@ class Engine:
         """Load the models and begin to work. Raises UnknownModel, ModelFileError."""
         torch.set_num_threads(self.settings.engine.threads)
         self._started_s = time.time()
-        models = self._models if self._models is not None else self._load()
-        slots, object_slots = self.settings.engine.slots, self.settings.engine.object_slots
-        loaded = [serve(name, model, slots, object_slots) for name, model in models.items()]
-        # detectors first: others look at what they found on the same frame
-        self.served = {served.name: served for served in sorted(loaded, key=lambda each: each.task != "detection")}
-        for served in self.served.values():
-            served.warm_up()
-        for served in self.served.values():
-            if isinstance(served, ServedRecogniser) and served.model.mode == "window":
-                self._lanes[served.name] = self._lane(served)
+        given = self._models
+        for model in self.settings.engine.models if given is None else ():
+            self._hold(model.name, self._load(model))
+        for name, held in (given or {}).items():
+            self._hold(name, held)
         self.publisher.start()
         for name, work in (
-            *((f"clips-{name}", lane.run) for name, lane in self._lanes.items()),
             ("batching", self._batch_loop),
             ("heartbeat", self._heartbeat_loop),
             ("control", self._control_loop),
             ("keeper", self._keeper_loop),
             ("previews", lambda: self._previews.run(self._stopping)),
         ):
-            thread = threading.Thread(target=self._guard, args=(name, work), name=f"{self.id}-{name}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._threads.append(self._thread(name, work))
+
+    def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=self._guard, args=(name, work), name=f"{self.id}-{name}", daemon=True)
+        thread.start()
+        return thread
 
     def drain(self) -> None:
         """Hand everything over: no new streams, cameras closed, states saved, the rest published, replica retired."""
@@ -196,6 +204,8 @@ class Engine:
             self.drain()
         self._stopping.set()
         self._silent.set()
+        self._look.set()
+        self._requests.close()
         self.batcher.close()
         for lane in self._lanes.values():
             lane.close()
@@ -234,15 +244,19 @@ class Engine:
             return 0
         with self._lock.step():
             live = [(session, row) for row in rows if (session := self._session_of(row)) is not None]
-            for served in self.served.values():
+            # detectors first: others look at what they found on the same frame
+            for served in sorted(self.served.values(), key=lambda one: one.task != "detection"):
                 sights = [sight for session, row in live for sight in self._follow(served, session, row)]
                 for batch in batches(sights, self.settings.engine.max_batch):
                     self._step(served, batch)  # reads and writes shift state in its slots
             for session, row in live:
-                if not session.frozen:
+                lost = None if not session.frozen else "failed" if session.failed else "closed"
+                if lost is None:
                     session.done(row.waiting)
                 else:
-                    row.queue.done("failed" if session.failed else "closed")
+                    row.queue.done(lost)
+                if row.waiting.trace is not None:
+                    row.waiting.trace.end(dropped=lost)
         self._progress_s = time.monotonic()
         return len(rows)
 
@@ -251,7 +265,10 @@ class Engine:
         if session is None or session.frozen:
             row.queue.done("closed")
             return None
-        self.telemetry.stage("queue", time.monotonic() - row.waiting.arrived_s)
+        now_s, waiting = time.monotonic(), row.waiting
+        self.telemetry.stage("queue", now_s - waiting.arrived_s)
+        if waiting.trace is not None:
+            waiting.trace.add("queue", waiting.arrived_s, now_s)
         return session
 
     def _follow(self, served: Served[Any], session: Session, row: Row) -> list[Sight]:
@@ -261,7 +278,7 @@ class Engine:
         try:
             look = session.follow(served.name, row.frame)
         except Exception as error:  # noqa: BLE001  one stream's analytics must not hurt the others
-            self._fail(session, "ANALYTICS_FAILED", error)
+            self._fail(session, served.name, "ANALYTICS_FAILED", error)
             return []
         self._outlets[session].emit(look.events)
         return [Sight(session, row, view) for view in look.views]
@@ -283,13 +300,17 @@ class Engine:
 
     def _tell(self, served: Served[Any], sight: Sight, output: Any, warmup: tuple[int, int] | None = None) -> None:
         """An output becomes records and events, both go out."""
-        session, row = sight.session, sight.row
+        session, row, trace, began_s = sight.session, sight.row, sight.row.waiting.trace, time.monotonic()
         try:
             result = session.update(served.name, sight.view, output, row.frame, warmup)
         except Exception as error:  # noqa: BLE001  one stream's analytics must not hurt the others
-            self._fail(session, "ANALYTICS_FAILED", error)
+            self._fail(session, served.name, "ANALYTICS_FAILED", error)
         else:
-            self._outlets[session].emit(result.events, result.scores, row.waiting.arrived_s)
+            if trace is not None:
+                trace.add("track", began_s, time.monotonic(), model=served.name)
+                for event in result.events:
+                    event["traceparent"] = trace.traceparent
+            self._outlets[session].emit(result.events, result.scores, row.waiting.arrived_s, trace)
 
     def _infer(self, served: Served[Any], batch: Sequence[Sight]) -> list[Any]:
         began_s = time.monotonic()
@@ -297,16 +318,31 @@ class Engine:
         ready_s = time.monotonic()
         times_s = [sight.row.frame.time_s for sight in batch]
         outputs = served.step(pixels, [sight.view.slot for sight in batch], times_s)
+        done_s = time.monotonic()
         self.telemetry.stage("preprocess", ready_s - began_s)
-        self.telemetry.stage("infer", time.monotonic() - ready_s)
+        self.telemetry.stage("infer", done_s - ready_s)
         self.telemetry.step(served.name, len(batch))
+        for sight in batch:
+            if (trace := sight.row.waiting.trace) is not None:
+                trace.add("preprocess", began_s, ready_s, model=served.name)
+                trace.add("infer", ready_s, done_s, model=served.name, batch_size=len(batch))
+            if isinstance(sight.session, PushedSession):
+                waited_s = began_s - sight.row.waiting.arrived_s
+                self.telemetry.compute(
+                    served.name, {"queue": waited_s, "input": ready_s - began_s, "infer": done_s - ready_s}
+                )
         return outputs
 
     # ---- window mode: frames enter rings here, clips go through the model in a lane of their own
 
     def _lane(self, served: ServedRecogniser) -> ClipLane:
         most = max(1, self.settings.engine.max_batch // served.frames_per_result) if self.device != "cpu" else 1
-        return ClipLane(served, most, lambda clips, rows: self._deliver(served, clips, rows), self._clip_failed)
+        return ClipLane(
+            served,
+            most,
+            lambda clips, rows: self._deliver(served, clips, rows),
+            lambda clip, error: self._clip_failed(served, clip, error),
+        )
 
     def _enter(self, served: Served[Any], arena: WindowArena, batch: Sequence[Sight]) -> None:
         """Let the frames that are due enter their rings, and send the clips that are due on their way."""
@@ -327,7 +363,7 @@ class Engine:
             arena.put([sight.view.slot for sight in entering], served.preprocess([s.view.image for s in entering]))
         except Exception as error:  # noqa: BLE001  whose fault it is, is found out one by one
             if len(entering) == 1:
-                self._fail(entering[0].session, "STEP_FAILED", error)
+                self._fail(entering[0].session, served.name, "STEP_FAILED", error)
             else:
                 for one in entering:
                     self._put(served, arena, [one])
@@ -336,6 +372,8 @@ class Engine:
 
     def _deliver(self, served: ServedRecogniser, clips: Sequence[Clip], rows: Sequence[list[float]]) -> None:
         self.telemetry.step(served.name, len(clips))
+        if (lane := self._lanes.get(served.name)) is not None:
+            self.telemetry.stage("infer", lane.busy_s)
         with self._lock.between():
             for clip, values in zip(clips, rows, strict=True):
                 session = clip.sight.session
@@ -344,12 +382,12 @@ class Engine:
                 if not session.frozen and session.analytics[served.name].holds(clip.sight.view):
                     self._tell(served, clip.sight, values, clip.warmup)
 
-    def _clip_failed(self, clip: Clip, error: Exception) -> None:
+    def _clip_failed(self, served: Served[Any], clip: Clip, error: Exception) -> None:
         session = clip.sight.session
         with self._lock.between():
             session.in_flight -= 1
             if not session.frozen:
-                self._fail(session, "STEP_FAILED", error)
+                self._fail(session, served.name, "STEP_FAILED", error)
 
     def _one_by_one(self, served: Served[Any], batch: Sequence[Sight], error: Exception) -> list[Any]:
         """The outputs of a batch that threw, each alone: the guilty ones give None and fail their streams."""
@@ -359,19 +397,76 @@ class Engine:
             try:
                 outputs += self._infer(served, [sight])
             except Exception as own:  # noqa: BLE001
-                self._fail(sight.session, "STEP_FAILED", own)
+                self._fail(sight.session, served.name, "STEP_FAILED", own)
                 outputs.append(None)
         if len({sight.session for sight in batch}) > 1 and all(output is None for output in outputs):
             raise EngineUnhealthy(f"every row of a step of {served.name} failed: {error}") from error
         return outputs
 
-    def _fail(self, session: Session, code: str, error: Exception) -> None:
+    def _fail(self, session: Session, model: str, code: str, error: Exception) -> None:
         log.error("%s: %s", session.id, code, exc_info=error)
-        self.telemetry.failure(code.lower())
+        self.telemetry.failure(model, code.lower())
         self.batcher.leave(session.queue)
         reason = error.reason if isinstance(error, TSMError) else type(error).__name__
         session.fail(code, f"{reason}: {error}")
         self._submit(session.stop_source, 3.0)
+
+    # ---- requests
+
+    def infer(self, request: InferRequest) -> Future[InferReply]:
+        """The answer to come for a request that stands alone.
+
+        Raises UnknownModel, ModelNotReady, BadInput, ModelBusy; the answer may be an error, too.
+        """
+        return self._counted(request, lambda: self._requests.submit(request))
+
+    def push(self, stream_id: str, epoch: int, token: str, request: InferRequest) -> Future[InferReply]:
+        """The answer to come for the next frames of a sequence that this replica owns under that epoch.
+
+        token tells one request from another: sent again, it is not counted again. Raises NotMine, UnknownModel,
+        ModelNotReady, BadInput, SequenceBusy; the answer may be an error, too.
+        """
+        session = self.sessions.get(stream_id)
+        if not isinstance(session, PushedSession) or session.lease.epoch != epoch or stream_id in self._over:
+            self._look.set()
+            raise NotMine(f"{self.id} does not serve {stream_id} under epoch {epoch}")
+
+        def submit() -> Future[InferReply]:
+            served = self.served.get(request.model)
+            if served is None:
+                raise ModelNotReady(f"this replica does not hold model {request.model!r} at the moment; try again")
+            name, array = check_request(request, served.model)
+            return session.push(request, token, name, array)
+
+        return self._counted(request, submit)
+
+    def expects(self, lease: Lease) -> bool:
+        """Whether a sequence of this lease may still be opened here."""
+        session = self.sessions.get(lease.stream_id)
+        over = lease.stream_id in self._over or self._draining or self._stopping.is_set()
+        return not over and (session is None or session.lease.epoch < lease.epoch)
+
+    def _counted(self, request: InferRequest, submit: Callable[[], Future[InferReply]]) -> Future[InferReply]:
+        began_s = time.monotonic()
+        try:
+            answer = submit()
+        except NotMine:
+            raise
+        except TSMError as error:
+            self.telemetry.request(request.model, time.monotonic() - began_s, error.reason)
+            raise
+        self._pending[request.model] += 1
+
+        def over(answer: Future[InferReply]) -> None:
+            self._pending[request.model] -= 1
+            error = None if answer.cancelled() else answer.exception()
+            if isinstance(error, NotMine) or answer.cancelled():
+                return
+            reason = None if error is None else error.reason if isinstance(error, TSMError) else "internal_error"
+            self.telemetry.request(request.model, time.monotonic() - began_s, reason)
+
+        answer.add_done_callback(over)
+        return answer
 
     # ---- sessions
 
@@ -387,8 +482,11 @@ class Engine:
             for session in list(self.sessions.values()):
                 lease, spec = mine.get(session.id), specs.get(session.id)
                 if lease is None or spec is None:
+                    if session.id in leases:
+                        self.telemetry.moved_out()
                     self._close(session, "moved" if session.id in leases else "stopped")
                 elif lease.epoch != session.lease.epoch or session in refused:
+                    self.telemetry.moved_out()
                     self._close(session, "moved")
                 elif not spec.enabled:
                     continue  # the controller takes it away in a moment
@@ -397,36 +495,35 @@ class Engine:
                     self._close(session, "changed")
                 elif session.ended:
                     self._finish(session)
+                elif spec.paused != session.paused:
+                    self._pause(session, spec.paused)
             for stream_id, lease in mine.items():
                 spec = specs.get(stream_id)
-                if stream_id not in self.sessions and spec is not None and spec.enabled:
+                if stream_id in self.sessions or stream_id in self._over:
+                    continue
+                if spec is not None and spec.enabled:
                     self._open(spec, lease)
 
     def _open(self, spec: StreamSpec, lease: Lease) -> None:
         blob, before = self.store.load(spec.id), self.store.status(spec.id)
         try:
             with self._lock.between():
-                session = Session(
-                    spec,
-                    lease,
-                    self.served,
-                    self.settings,
-                    on_ready=self.batcher.ready,
-                    on_change=self._announce,
-                    first_track=self._next_tracks.get(spec.id, 0),
-                )
+                session = self._session(spec, lease)
                 session.resume(blob, before)
         except ArenaFull as error:
             log.warning("%s: %s", spec.id, error)  # a session that is closing gives its slot back: next time
             return
         except ModelNotLoaded as error:
+            wanted = wanted_models(self.settings, self.store).keys() - self.served.keys()
+            if any(model.name in wanted for model in spec.models) and not self.store.documents(FAULTS):
+                return  # it is being loaded: next time
             log.error("%s: %s", spec.id, error)
             self._refuse_open(spec, lease, error)
             return
         outlet = self.publisher.open(
             lease,
             session.status,
-            on_published=lambda seconds: self._published(session, seconds),
+            on_published=lambda passage, now_s: self._published(session, passage, now_s),
             on_refused=lambda: self._refused.add(session),
         )
         self._outlets[session] = outlet
@@ -434,6 +531,8 @@ class Engine:
         self.sessions[spec.id] = session
         self.batcher.open(session.queue)
         self.telemetry.restored(session.restored.mode)
+        if before is not None and before.worker not in (None, self.id):
+            self.telemetry.moved_in()
         log.info(
             "%s: epoch %d, %s start at frame %d %s",
             spec.id,
@@ -442,7 +541,47 @@ class Engine:
             session.first_number,
             session.note,
         )
-        session.start(self._open_source)
+        if spec.paused:
+            session.pause()
+        else:
+            session.start(self._open_source)
+
+    def _pause(self, session: Session, pause: bool) -> None:
+        """Close the source of a stream and keep all else of it; or open it again, once it is closed."""
+        if pause:
+            session.pause()
+            self._submit(self._rest, session)
+        elif session.source is None:
+            session.go_on(self._open_source)
+
+    def _rest(self, session: Session) -> None:
+        session.rest()
+        self._save(session)
+
+    def _session(self, spec: StreamSpec, lease: Lease) -> Session:
+        first_track = self._next_tracks.get(spec.id, 0)
+        if not spec.source.is_pushed:
+            return Session(
+                spec,
+                lease,
+                self.served,
+                self.settings,
+                on_ready=self.batcher.ready,
+                on_change=self._announce,
+                first_track=first_track,
+            )
+        return PushedSession(
+            spec,
+            lease,
+            self.served,
+            self.settings,
+            on_ready=self.batcher.ready,
+            on_change=self._announce,
+            first_track=first_track,
+            limits=DEFAULT_LIMITS,
+            submit=self._submit,
+            on_over=lambda session: self._submit(self._dismiss, session, "ended"),
+        )
 
     def _refuse_open(self, spec: StreamSpec, lease: Lease, error: ModelNotLoaded) -> None:
         """A session that has failed from the start, so that its status says why."""
@@ -455,7 +594,7 @@ class Engine:
         except (ArenaFull, ModelNotLoaded):
             return
         session.spec = spec
-        outlet = self.publisher.open(lease, session.status, lambda _: None, lambda: self._refused.add(session))
+        outlet = self.publisher.open(lease, session.status, lambda *_: None, lambda: self._refused.add(session))
         self._outlets[session] = outlet
         self.sessions[spec.id] = session
         session.fail("MODEL_NOT_LOADED", str(error))
@@ -500,6 +639,45 @@ class Engine:
         event = session.settle("ENDED", "the file is over")
         self._outlets[session].announce([*events, event] if event else events)
 
+    # ---- sequences that are over
+
+    def _tidy(self) -> None:
+        """Let go of sequences that nobody pushes, or that failed, and have the store forget those that are over."""
+        for session in list(self.sessions.values()):
+            if isinstance(session, PushedSession):
+                if session.failed:
+                    self._dismiss(session, "failed")
+                elif session.idle_s > self.settings.engine.sequence_idle_s:
+                    self._dismiss(session, "evicted")
+        for stream_id in list(self._over):
+            self._forget(stream_id)
+
+    def _dismiss(self, session: PushedSession, why: str) -> None:
+        """End a sequence: its slot is free at once, its events are told, the store keeps a note of it alone."""
+        with self._changing:
+            if self.sessions.get(session.id) is not session:
+                return
+            self._over[session.id] = why
+            with self._lock.between():
+                events = session.finish()
+            event = session.settle("ENDED", f"the sequence was {why}")
+            self._outlets[session].announce([*events, event] if event else events)
+            self._close(session, "moved")
+        self.publisher.flush(0.3)
+        try:
+            self._forget(session.id)
+        except WorldError as error:  # the control loop tries again
+            log.warning("%s: the store cannot forget it yet: %s", session.id, error)
+
+    def _forget(self, stream_id: str) -> None:
+        why = self._over.get(stream_id)
+        if why is None:
+            return
+        self.store.put_document(SEQUENCES, stream_id, why, SEQUENCE_NOTE_S)
+        with suppress(StreamNotFound):
+            self.store.delete_stream(stream_id)
+        self._over.pop(stream_id, None)
+
     def _hand_over(self, session: Session) -> None:
         """Save, publish what is left, give the lease back: the next owner goes on where this one stopped."""
         session.queue.close()
@@ -519,23 +697,85 @@ class Engine:
             self.store.release(session.lease)
         except WorldError as error:
             log.warning("%s: could not give the lease back: %s", session.id, error)
+        session.let_go()
 
     def _announce(self, session: Session, event: dict[str, Any]) -> None:
+        if session.state == "RUNNING" and session.connect_s is not None:
+            self.telemetry.stage("connect", session.connect_s)
         outlet = self._outlets.get(session)
         if outlet is not None:
             outlet.announce([event])
 
-    def _published(self, session: Session, seconds: float) -> None:
+    def _published(self, session: Session, passage: Passage, now_s: float) -> None:
+        seconds = now_s - passage.arrived_s
         session.published(seconds)
+        if passage.trace is not None:
+            passage.trace.add("publish", passage.handed_s, now_s)
+        if isinstance(session, PushedSession):
+            return  # counted by model: there are too many of them for names of their own
         if self.sessions.get(session.id) is session:  # else its labels would come back after they were dropped
             self.telemetry.published(session.id, seconds)
-        self.telemetry.stage("publish", seconds)
+        self.telemetry.stage("publish", now_s - passage.handed_s)
 
     def _submit(self, work: Callable[..., Any], *args: Any) -> None:
         try:
             self._pool.submit(work, *args)
         except RuntimeError:  # the pool is closed: the engine is stopping
             work(*args)
+
+    # ---- models
+
+    def follow_wanted(self) -> None:
+        """Begin to load what is wanted and not held, one at a time, and let go of what is not wanted any more.
+
+        Raises StoreDown.
+        """
+        wanted = wanted_models(self.settings, self.store)
+        for name in self.served.keys() - wanted.keys():
+            self._release(name)
+        if self._loading is not None and self._loading.is_alive():
+            return
+        faults = self.store.documents(FAULTS)
+        for name, model in wanted.items():
+            if name not in self.served and name not in faults and self._models is None:
+                self._loading = self._thread(f"load-{name}", lambda model=model: self._load_wanted(model))
+                return
+
+    def _load_wanted(self, model: ModelSettings) -> None:
+        try:
+            self._hold(model.name, self._load(model))
+        except Exception as error:  # noqa: BLE001  one model must not hurt the others
+            log.error("model %s cannot be loaded: %s", model.name, error)
+            with suppress(WorldError):
+                self.store.put_document(FAULTS, model.name, str(error), FAULT_KEPT_S)
+        else:
+            log.info("%s holds model %s", self.id, model.name)
+
+    def _load(self, model: ModelSettings) -> Model:
+        path = find_model(model.name, model.path, [self.settings.models.folder])
+        return load_model(path, self.device).for_inference()
+
+    def _hold(self, name: str, model: Model) -> None:
+        served = serve(name, model, self.settings.engine.slots, self.settings.engine.object_slots)
+        served.warm_up()
+        if isinstance(served, ServedRecogniser) and served.model.mode == "window":
+            self._lanes[name] = self._lane(served)
+            self._threads.append(self._thread(f"clips-{name}", self._lanes[name].run))
+        with self._lock.between():
+            self.served[name] = served
+            self.telemetry.models(self.served)
+
+    def _release(self, name: str) -> None:
+        """Let go of a model, unless a stream here still has it."""
+        with self._lock.between():
+            if any(name in session.analytics for session in list(self.sessions.values())):
+                return
+            self.served.pop(name, None)
+            self.telemetry.models(self.served)
+        lane = self._lanes.pop(name, None)
+        if lane is not None:
+            self._threads = [thread for thread in self._threads if thread.name != f"{self.id}-clips-{name}"]
+            lane.close()
 
     # ---- snapshots
 
@@ -609,6 +849,7 @@ class Engine:
             slots_used=len(self.sessions),
             draining=self._draining,
             started_at=self._started_s,
+            models=tuple(self.served),
         )
         try:
             self.store.heartbeat(info, self.settings.engine.heartbeat_ttl_ms)
@@ -617,12 +858,15 @@ class Engine:
 
     def _control_loop(self) -> None:
         while not self._stopping.is_set():
+            self._look.clear()
             try:
+                self.follow_wanted()
                 self.reconcile()
+                self._tidy()
             except WorldError as error:  # streams go on as they are until the store is back
                 self._store_errors["reconcile"] += 1
                 log.debug("%s cannot read the leases: %s", self.id, error)
-            self._stopping.wait(self.settings.engine.reconcile_s)
+            self._look.wait(self.settings.engine.reconcile_s)
 
     def _keeper_loop(self) -> None:
         told_s = 0.0
@@ -642,19 +886,14 @@ class Engine:
         """What the replica counts."""
         sessions = list(self.sessions.values())
         return EngineFigures(
-            streams=tuple(session.figures() for session in sessions),
+            streams=tuple(session.figures() for session in sessions if not isinstance(session, PushedSession)),
             slots_used=len(sessions),
             slots_total=self.settings.engine.slots,
             queued=sum(session.queue.queued for session in sessions),
+            requests=dict(self._pending),
             publish_queue=self.publisher.queue_length,
             events_lost=self.publisher.events_lost,
             scores_lost=self.publisher.scores_lost,
             store_errors=dict(self._store_errors),
+            models=tuple(self.served),
         )
-
-    def _load(self) -> dict[str, Model]:
-        folders = [self.settings.models.folder]
-        return {
-            model.name: load_model(find_model(model.name, model.path, folders), self.device).for_inference()
-            for model in self.settings.engine.models
-        }

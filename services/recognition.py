@@ -58,13 +58,17 @@ class Recognition(Analytics[list[float]]):
         self.slot = self._allocate()
 
     @override
+    def restart(self) -> list[Record]:
+        self.last_time_s = None
+        self.free()
+        self.slot = self._allocate()
+        self.smoother.reset()
+        return self.close()
+
+    @override
     def follow(self, frame: Frame) -> Look:
-        ended: list[Record] = []
-        if self.passed_gap(frame):
-            self.free()
-            self.slot = self._allocate()
-            self.smoother.reset()
-            ended = self.close()
+        ended = self.restart() if self.passed_gap(frame) else []
+        self.last_time_s = frame.time_s
         where = self.options.where
         picture = crop_region(frame, where.box) if isinstance(where, Region) else frame.image
         return Look([View(picture, self.slot)], ended)
@@ -76,7 +80,8 @@ class Recognition(Analytics[list[float]]):
         scores = Scores(self.served.recipe.labels, values, *(warmup or self.served.warmup(self.slot)))
         at = frame.number, frame.pts_s, frame.time_s
         record = score_record(self.stream_id, self.served.name, *at, scores, about=self.about)
-        return Result([record], [cloud_event(event, self.about) for event in self.detector.update(scores, *at)])
+        events = [cloud_event(event, self.about) for event in self.detector.update(scores, *at)]
+        return Result([record], events, scores, (scores.warmup_frames, scores.warmup_total))
 
     @override
     def holds(self, view: View) -> bool:
@@ -149,10 +154,14 @@ class ObjectRecognition(Analytics[list[float]]):
         self.without_slot = 0
 
     @override
+    def restart(self) -> list[Record]:
+        self.last_time_s = None
+        return self.close()
+
+    @override
     def follow(self, frame: Frame) -> Look:
-        ended: list[Record] = []
-        if self.passed_gap(frame):
-            ended += self.close()
+        ended = self.restart() if self.passed_gap(frame) else []
+        self.last_time_s = frame.time_s
         wanted = [track for track in self.objects.tracks if not self.where.labels or track.label in self.where.labels]
         alive = {track.track_id for track in wanted}
         for track_id in self.of.keys() - alive:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ EVENT_PREFIX = "tsm.v1"
 PUSHED = "push:"  # the source of a sequence
 SEQUENCES = "sequences"  # the kind of document that says what became of sequences that are over
 
-StreamState = Literal["STARTING", "RUNNING", "RESTARTING", "STOPPING", "STOPPED", "FAILED", "ENDED"]
+StreamState = Literal["STARTING", "RUNNING", "RESTARTING", "PAUSED", "STOPPING", "STOPPED", "FAILED", "ENDED"]
 
 
 class SourceSpec(Wire):
@@ -100,6 +99,7 @@ class StreamSpec(Wire):
     max_fps: float | None = Field(None, gt=0, le=240, description="recognise at most this many frames a second")
     tags: dict[str, str] = Field(default_factory=dict, max_length=32)
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    paused: bool = Field(False, description="it keeps its place and its state, and its source is closed")
     revision: int = Field(1, ge=1, description="counts the changes that begin the source anew")
     edition: int = Field(1, ge=1, description="counts all changes of the specification")
 
@@ -107,13 +107,6 @@ class StreamSpec(Wire):
     def etag(self) -> str:
         """Strong entity tag of this specification, in its quotes; another after every change, whatever runs."""
         return f'"{int(1e6 * self.created_at.timestamp()):x}-{self.edition}"'
-
-    def secret_json(self) -> str:
-        """JSON for the store alone: the password in clear. Everything else prints `**********`."""
-        data = self.model_dump(mode="json")
-        password = self.source.password
-        data["source"]["password"] = password.get_secret_value() if password else None
-        return json.dumps(data, separators=(",", ":"))
 
 
 class Latency(Wire):

@@ -92,9 +92,8 @@ class Served(ABC, Generic[Output]):
     # ---- work
 
     def preprocess(self, images: Sequence[Tensor]) -> Tensor:
-        """Model input (N, 3, h, w) from uint8 pictures (3, H, W) of any sizes, on the device."""
-        pixels: Tensor = self.model.preprocess(images)
-        return pixels
+        """Model input (N, 3, h, w) on the device, from pictures as `model_input` takes them."""
+        return model_input(self.model, images)
 
     @abstractmethod
     def warm_up(self) -> None:
@@ -173,6 +172,19 @@ class ServedDetector(Served[Boxes]):
         return self._timed(
             lambda: self.model.detect(self.model.step(pixels, self.arena, slots, times_s))  # type: ignore[arg-type]
         )
+
+
+def model_input(model: Model, pictures: Sequence[Tensor]) -> Tensor:
+    """Model input (N, 3, h, w) on the model's device.
+
+    Each picture is uint8 (3, H, W) of any size, or float32 (3, h, w) that is model input already.
+    """
+    raw = [index for index, picture in enumerate(pictures) if picture.dtype == torch.uint8]
+    done = model.preprocess([pictures[index] for index in raw]) if raw else None
+    if done is not None and len(raw) == len(pictures):
+        return done
+    rows = dict(zip(raw, done, strict=True)) if done is not None else {}
+    return torch.stack([rows[i] if i in rows else picture.to(model.device) for i, picture in enumerate(pictures)])
 
 
 def serve(name: str, model: Model, slots: int, object_slots: int) -> ServedRecogniser | ServedDetector:

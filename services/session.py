@@ -20,6 +20,7 @@ from services.settings import Settings
 from services.snapshots import Snapshot, SnapshotError, decode_snapshot, sha256
 from services.stream_models import StreamModel
 from services.telemetry import StreamFigures
+from services.tracing import frame_trace
 from tsm_core.errors import CallerError
 from tsm_core.types import Frame
 
@@ -76,6 +77,7 @@ class Session:
         self.queue = FrameQueue(max_age_s=settings.engine.max_frame_age_s, max_fps=spec.max_fps)
         self.latest: Frame | None = None
         self.frozen = False
+        self.paused = False
         self.in_flight = 0  # clips whose result is awaited
         self.saved_s = time.monotonic()  # when the state was saved last, or the session began
         self.saved_number = -1
@@ -174,7 +176,7 @@ class Session:
         self.first_number = max(self.first_number, received)
 
     def _restore(self, snapshot: Snapshot, blob: bytes, now_s: float) -> None:
-        gap_s = now_s - snapshot.time_s
+        gap_s = self._age_s(snapshot, now_s)
         if self.spec.source.is_file:
             raise SnapshotError("a file begins at its beginning")
         if snapshot.source != source_digest(self.spec):
@@ -201,11 +203,39 @@ class Session:
             mode="checkpoint", frame_number=snapshot.frame_number, blob_bytes=len(blob), blob_sha256=sha256(blob)
         )
 
+    def _age_s(self, snapshot: Snapshot, now_s: float) -> float:
+        return now_s - snapshot.time_s
+
     def start(self, open_source: OpenSource) -> None:
         """Open the source."""
         self._change("STARTING", self.note)
         self.source = open_source(self._source_config(), self.on_frame, self.on_state, self.first_number)
         self.source.start()
+
+    def pause(self) -> None:
+        """Take no more frames; what the models know stays. `rest` closes the source."""
+        self.paused = True
+        before = self._source_state
+        self._source_state = SourceState("STARTING", source_size=before.source_size)
+        self._change("PAUSED", "")
+
+    def rest(self) -> None:
+        """The slow part of pausing: close the source and keep what it counted."""
+        source = self.source
+        if source is None:
+            return
+        source.stop(3.0)
+        self._reconnects_before += sum(source.counters.reconnects.values())
+        if self.spec.source.rtsp_transport == "udp":
+            self._lost_before += source.counters.lost
+        self.source = None
+
+    def go_on(self, open_source: OpenSource) -> None:
+        """Open the source of a paused stream again; frame numbers go on."""
+        self.paused = False
+        if self.latest is not None:
+            self.first_number = self.latest.number + 1
+        self.start(open_source)
 
     def _source_config(self) -> SourceConfig:
         source, limits = self.spec.source, self.settings.source
@@ -226,21 +256,28 @@ class Session:
             retry_cap_s=limits.retry_cap_s,
             retry_config_s=limits.retry_config_s,
             healthy_s=limits.healthy_s,
+            networks=limits.networks,
+            max_pixels=self.settings.limits.pixels,
+            memory_bytes=self.settings.limits.memory_bytes,
         )
 
     # ---- from the source
 
     def on_frame(self, frame: Frame) -> None:
         """A frame has arrived; never blocks."""
+        if self.paused:
+            return
         self.latest = frame
         if self._waiting_s is None:
             self._waiting_s = time.monotonic()
-        if self.queue.put(frame):
+        if self.queue.put(
+            frame, frame_trace(self.id, frame.number, None if self.spec.source.is_file else frame.time_s)
+        ):
             self._on_ready(self.queue)
 
     def on_state(self, state: SourceState) -> None:
         """The source's state has changed. A file that is over ends once its last frame went through."""
-        if self.frozen:
+        if self.frozen or self.paused:
             return
         self._source_state = state
         if state.state != "ENDED":
@@ -323,7 +360,12 @@ class Session:
             processed=processed,
             dropped=dropped,
             models=tuple(state for analytics in self.analytics.values() for state in analytics.export()),
+            memory=self._memory(),
         )
+
+    def _memory(self) -> dict[str, Any]:
+        """What a snapshot keeps beside the models' states, JSON values."""
+        return {}
 
     def saved(self, frame_number: int) -> None:
         """The snapshot at this frame is in the store."""
@@ -341,6 +383,9 @@ class Session:
         for analytics in self.analytics.values():
             analytics.free()
         self.analytics = {}
+
+    def let_go(self) -> None:
+        """Tell those who wait for a result that the stream goes on elsewhere."""
 
     def stop_source(self, timeout_s: float = 3.0) -> bool:
         """Close the camera; True when its child and threads are gone."""
@@ -362,6 +407,11 @@ class Session:
         """True when a file is over, its last frame was processed and nobody was told yet."""
         over = self._source_state.state == "ENDED" and self._state != "ENDED"
         return over and not self.queue.waiting and not self.in_flight
+
+    @property
+    def connect_s(self) -> float | None:
+        """How long the source took to its first picture; None while it has none."""
+        return self._source_state.connect_s
 
     @property
     def state(self) -> StreamState:
@@ -424,6 +474,10 @@ class Session:
             dropped=status.dropped,
             reconnects=dict(counters.reconnects),
             checkpoint_age_s=status.checkpoint_age_s,
+            stalls=counters.stalls,
+            corrupt=counters.corrupt,
+            packets_lost=counters.packets_lost,
+            jitter_s=counters.jitter_s,
         )
 
     def _change(self, state: StreamState, message: str, final: bool = False) -> None:

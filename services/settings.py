@@ -5,6 +5,7 @@ Sources, strongest first: values given in code, environment (`TSM_ENGINE__SLOTS=
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pipelines.addresses import NETWORKS, Network
 from tsm_core.errors import CallerError
 
 
@@ -28,12 +30,30 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def key_bytes(key: SecretStr) -> bytes:
+    """The 32 bytes of a key in base64. Raises ValueError that does not show it."""
+    try:
+        found = base64.b64decode(key.get_secret_value().strip(), validate=True)
+    except ValueError:
+        found = b""
+    if len(found) != 32:
+        raise ValueError("a key is 32 bytes in base64, as `openssl rand -base64 32` prints them")
+    return found
+
+
 class ServerSettings(Section):
-    """The HTTP door."""
+    """The doors: HTTP and gRPC."""
 
     host: str = Field("127.0.0.1", description="address to listen on; loopback unless you say otherwise")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    grpc_port: int | None = Field(
+        9000, ge=0, le=65535, description="gRPC port; 0 takes a free one, null leaves that door shut"
+    )
+    grpc_reflection: bool = Field(False, description="tell everybody who asks which gRPC methods there are")
     max_body_bytes: int = Field(1 << 20, gt=0, description="largest request body")
+    max_infer_bytes: int = Field(
+        64 << 20, gt=0, description="largest inference request, over HTTP also when it is unpacked"
+    )
 
 
 class AuthSettings(Section):
@@ -68,6 +88,23 @@ class StoreSettings(Section):
     events_kept: int = Field(10_000, gt=0, description="events kept per stream")
     scores_kept: int = Field(600, gt=0, description="score records kept per stream")
     state_ttl_s: float = Field(3600.0, gt=0, description="how long a saved shift state outlives its stream")
+    encryption_key: SecretStr | None = Field(
+        None, description="32 bytes in base64 that seal cameras' passwords; empty: made once in data_dir/secret.key"
+    )
+    encryption_key_file: Path | None = Field(None, description="file with this key")
+    encryption_keys_old: tuple[SecretStr, ...] = Field(
+        (), description="earlier keys, which still open what they sealed"
+    )
+
+    @field_validator("encryption_key", "encryption_keys_old")
+    @classmethod
+    def check_keys(cls, given: SecretStr | tuple[SecretStr, ...] | None) -> SecretStr | tuple[SecretStr, ...] | None:
+        """Every key is one; an empty text is none."""
+        if isinstance(given, SecretStr) and not given.get_secret_value():
+            return None
+        for key in (given,) if isinstance(given, SecretStr) else given or ():
+            key_bytes(key)
+        return given
 
 
 class ModelsSettings(Section):
@@ -115,6 +152,9 @@ class EngineSettings(Section):
     checkpoint_interval_s: float = Field(2.0, gt=0, description="seconds between two saves of a stream's shift state")
     checkpoint_bytes_per_s: float = Field(64e6, gt=0, description="most bytes a second one replica saves")
     state_max_gap_s: float = Field(10.0, gt=0, description="longer without a frame: the shift state starts anew")
+    sequence_idle_s: float = Field(
+        60.0, gt=0, description="a sequence whose frames are pushed is let go after so long without one"
+    )
     heartbeat_ttl_ms: int = Field(1000, ge=200, description="a replica silent for so long is dead")
     reconcile_s: float = Field(0.2, gt=0, description="seconds between two looks at the assignments")
 
@@ -130,6 +170,11 @@ class SourceSettings(Section):
     """Reading cameras and files."""
 
     file_roots: tuple[Path, ...] = Field((), description="folders that file:// sources may be read from; empty: none")
+    networks: tuple[Network, ...] = Field(
+        NETWORKS,
+        min_length=1,
+        description="where cameras may be: loopback, private, public; link-local and metadata addresses never",
+    )
     min_side_px: int = Field(256, ge=32, description="decoded pictures keep at least this short side, for the page")
     stall_s: float = Field(3.0, gt=0, description="a camera silent for so long is lost")
     open_deadline_s: float = Field(15.0, gt=0, description="longest wait for the first frame")
@@ -160,6 +205,17 @@ class PreviewSettings(Section):
     quality: int = Field(75, ge=10, le=95, description="JPEG quality")
     max_fps: float = Field(15.0, gt=0, description="pictures a second while somebody watches")
     idle_fps: float = Field(0.5, gt=0, description="pictures a second while nobody watches")
+
+
+class JobsSettings(Section):
+    """Uploaded videos, one after another, in a process of their own; `limits` says how large they may be."""
+
+    dir: Path | None = Field(None, description="where uploads and results are kept; empty: below store.data_dir")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs of the process; 0: CPU")
+    num_cpus: float = Field(0.5, ge=0, description="its CPU share, for placement; it also runs at a low priority")
+    queue: int = Field(16, gt=0, description="jobs that may wait, uploads included")
+    kept: int = Field(100, gt=0, description="jobs that are over and kept; the oldest make room")
+    kept_s: float = Field(24 * 3600.0, gt=0, description="how long they are kept")
 
 
 class CourierSettings(Section):
@@ -198,6 +254,9 @@ class WebhooksSettings(Section):
 
     sinks: tuple[WebhookSettings, ...] = Field((), description="the receivers: name, url, secrets, ...")
     timeout_s: float = Field(10.0, gt=0, description="longest wait for a receiver's answer")
+    networks: tuple[Network, ...] = Field(
+        ("private", "public"), min_length=1, description="where receivers may be: loopback, private, public"
+    )
 
     @field_validator("sinks")
     @classmethod
@@ -231,6 +290,9 @@ class LoggerSettings(Section):
     """Logs."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe line that is shown")
+    format: Literal["text", "json"] = Field(
+        "text", description="text for people; json, one object a line, for machines"
+    )
 
 
 class TelemetrySettings(Section):
@@ -264,6 +326,7 @@ class Settings(BaseSettings):
     source: SourceSettings = SourceSettings()
     limits: LimitsSettings = LimitsSettings()
     preview: PreviewSettings = PreviewSettings()
+    jobs: JobsSettings = JobsSettings()
     couriers: CourierSettings = CourierSettings()
     webhooks: WebhooksSettings = WebhooksSettings()
     mqtt: MqttSettings = MqttSettings()

@@ -48,7 +48,10 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A stream at one frame, the last one inside the state. source tells one camera from another."""
+    """A stream at one frame, the last one inside the state. source tells one camera from another.
+
+    memory is what is known beside the models' states, JSON values.
+    """
 
     stream_id: str
     epoch: int
@@ -60,6 +63,7 @@ class Snapshot:
     processed: int
     dropped: Mapping[str, int]
     models: tuple[ModelState, ...]
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sha256(blob: bytes) -> str:
@@ -79,6 +83,7 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
         "received": snapshot.received,
         "processed": snapshot.processed,
         "dropped": dict(snapshot.dropped),
+        "memory": dict(snapshot.memory),
         "models": [
             {
                 "name": model.name,
@@ -134,6 +139,7 @@ def decode_snapshot(blob: bytes) -> Snapshot:
             processed=int(header["processed"]),
             dropped={str(reason): int(count) for reason, count in header["dropped"].items()},
             models=tuple(models),
+            memory=dict(header.get("memory", {})),
         )
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SnapshotError(f"saved state is damaged: {type(error).__name__}: {error}") from None
