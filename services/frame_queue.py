@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from services.tracing import FrameTrace
 from tsm_core.types import Frame
 
 QUEUE_REASONS = ("queue", "age", "fps", "closed", "failed")
@@ -16,10 +17,11 @@ QUEUE_REASONS = ("queue", "age", "fps", "closed", "failed")
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A frame and the moment it arrived (monotonic clock)."""
+    """A frame, the moment it arrived (monotonic clock), and its trace if it is one that is traced."""
 
     frame: Frame
     arrived_s: float
+    trace: FrameTrace | None = None
 
 
 class Pace:
@@ -73,24 +75,28 @@ class FrameQueue:
         self._lock = threading.Lock()
         self._since_s = math.inf
 
-    def put(self, frame: Frame) -> bool:
+    def put(self, frame: Frame, trace: FrameTrace | None = None) -> bool:
         """Take in a frame that has just arrived; True when it waits now, False when it was dropped at once."""
-        now_s = self._clock()
+        waiting = Waiting(frame, self._clock(), trace)
         with self._lock:
             self.received += 1
             if self._closed:
-                self._dropped["closed"] += 1
+                self._drop(waiting, "closed")
                 return False
             if self._pace is not None and not self._pace.admit(frame.time_s):
-                self._dropped["fps"] += 1
+                self._drop(waiting, "fps")
                 return False
             if not self._frames:
-                self._since_s = now_s
+                self._since_s = waiting.arrived_s
             elif len(self._frames) == self._capacity:
-                self._frames.popleft()
-                self._dropped["queue"] += 1
-            self._frames.append(Waiting(frame, now_s))
+                self._drop(self._frames.popleft(), "queue")
+            self._frames.append(waiting)
             return True
+
+    def _drop(self, waiting: Waiting, reason: str) -> None:
+        self._dropped[reason] += 1
+        if waiting.trace is not None:
+            waiting.trace.end(dropped=reason)
 
     def take(self) -> Waiting | None:
         """The oldest frame that is still young enough; None when there is none. Follow it with `done`."""
@@ -102,7 +108,7 @@ class FrameQueue:
                 if now_s - waiting.arrived_s <= self.max_age_s:
                     self._taken += 1
                     return waiting
-                self._dropped["age"] += 1
+                self._drop(waiting, "age")
             return None
 
     def done(self, dropped: str | None = None) -> None:
@@ -118,7 +124,8 @@ class FrameQueue:
         """Drop what waits and everything that still comes."""
         with self._lock:
             self._closed = True
-            self._dropped["closed"] += len(self._frames)
+            for waiting in self._frames:
+                self._drop(waiting, "closed")
             self._frames.clear()
             self._since_s = math.inf
 

@@ -7,9 +7,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from services.schemas import Lease, StreamStatus
+from services.tracing import FrameTrace
 from tsm_core.errors import WorldError
 
 log = logging.getLogger(__name__)
@@ -20,6 +22,18 @@ Parcel = tuple[Lease, StreamStatus | None, list[Record], list[Record]]
 MAX_EVENTS = 10_000  # all streams of a replica together, while the store is down
 MAX_SCORES = 300  # per stream: 20 s of a 15 fps camera
 ROUND_RECORDS = 200  # per stream and round trip
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """When a record's frame arrived and when the record was handed over, on the monotonic clock, in seconds."""
+
+    arrived_s: float
+    handed_s: float
+    trace: FrameTrace | None = None
+
+
+OnPublished = Callable[[Passage, float], None]
 
 
 class PublishStore(Protocol):
@@ -37,7 +51,7 @@ class Outlet:
         publisher: Publisher,
         lease: Lease,
         status: Callable[[], StreamStatus],
-        on_published: Callable[[float], None],
+        on_published: OnPublished,
         on_refused: Callable[[], None],
     ) -> None:
         self.lease = lease
@@ -47,14 +61,21 @@ class Outlet:
         self._on_published = on_published
         self._on_refused = on_refused
         self._events: deque[Record] = deque()
-        self._scores: deque[tuple[Record, float]] = deque()
+        self._scores: deque[tuple[Record, Passage]] = deque()
         self._status_due_s = 0.0
         self._closing = False
 
-    def emit(self, events: Sequence[Record] = (), scores: Sequence[Record] = (), arrived_s: float = 0.0) -> None:
-        """Hand over what one frame gave; arrived_s (monotonic clock) is when that frame came in."""
+    def emit(
+        self,
+        events: Sequence[Record] = (),
+        scores: Sequence[Record] = (),
+        arrived_s: float = 0.0,
+        trace: FrameTrace | None = None,
+    ) -> None:
+        """Hand over what one frame gave; arrived_s (monotonic clock) is when that frame came in, trace its trace."""
         if events or scores:
-            self._publisher._accept(self, events, [(score, arrived_s) for score in scores])
+            passage = Passage(arrived_s, time.monotonic(), trace)
+            self._publisher._accept(self, events, [(score, passage) for score in scores])
 
     def announce(self, events: Sequence[Record] = ()) -> None:
         """Publish the status at once, with events that belong to the change."""
@@ -99,13 +120,13 @@ class Publisher:
         self,
         lease: Lease,
         status: Callable[[], StreamStatus],
-        on_published: Callable[[float], None],
+        on_published: OnPublished,
         on_refused: Callable[[], None],
     ) -> Outlet:
         """A way out for one session.
 
-        status gives its state, asked every status_s; on_published is told the seconds from a frame's arrival to its
-        publication; on_refused that the lease is stale. Both are called from the publisher's thread.
+        status gives its state, asked every status_s; on_published is told each score record's passage and when it was
+        published (monotonic clock); on_refused that the lease is stale. Both are called from the publisher's thread.
         """
         outlet = Outlet(self, lease, status, on_published, on_refused)
         with self._changed:
@@ -144,7 +165,7 @@ class Publisher:
             return sum(len(outlet._events) + len(outlet._scores) for outlet in self._outlets)
 
     def _accept(
-        self, outlet: Outlet, events: Sequence[Record], scores: Sequence[tuple[Record, float]], urgent: bool = False
+        self, outlet: Outlet, events: Sequence[Record], scores: Sequence[tuple[Record, Passage]], urgent: bool = False
     ) -> None:
         with self._changed:
             if outlet.refused:
@@ -182,8 +203,8 @@ class Publisher:
                 self._busy = True
                 collected = self._collect()
             parcels = [
-                (outlet, (lease, outlet._status() if due else None, events, scores), arrivals)
-                for outlet, (lease, due, events, scores), arrivals in collected
+                (outlet, (lease, outlet._status() if due else None, events, scores), passages)
+                for outlet, (lease, due, events, scores), passages in collected
             ]
             try:
                 refused = set(self._store.publish_many([parcel for _, parcel, _ in parcels])) if parcels else set()
@@ -208,7 +229,7 @@ class Publisher:
         due_s = min((outlet._status_due_s for outlet in self._outlets if not outlet.refused), default=float("inf"))
         return max(0.0, min(due_s - time.monotonic(), 5.0))
 
-    def _collect(self) -> list[tuple[Outlet, tuple[Lease, bool, list[Record], list[Record]], list[float]]]:
+    def _collect(self) -> list[tuple[Outlet, tuple[Lease, bool, list[Record], list[Record]], list[Passage]]]:
         """What goes out now (the condition is held). Of two sessions of one stream the older goes first, alone."""
         now_s = time.monotonic()
         found = []
@@ -224,27 +245,27 @@ class Publisher:
                 taken.add(outlet.lease.stream_id)
                 outlet._status_due_s = now_s + self._status_s if due else outlet._status_due_s
                 parcel = (outlet.lease, due, events, [score for score, _ in scores])
-                found.append((outlet, parcel, [arrived_s for _, arrived_s in scores]))
+                found.append((outlet, parcel, [passage for _, passage in scores]))
         return found
 
-    def _put_back(self, parcels: list[tuple[Outlet, Parcel, list[float]]]) -> None:
+    def _put_back(self, parcels: list[tuple[Outlet, Parcel, list[Passage]]]) -> None:
         with self._changed:
-            for outlet, (_, status, events, scores), arrivals in parcels:
+            for outlet, (_, status, events, scores), passages in parcels:
                 outlet._events.extendleft(reversed(events))
                 self._events_waiting += len(events)
-                outlet._scores.extendleft(reversed(list(zip(scores, arrivals, strict=True))))
+                outlet._scores.extendleft(reversed(list(zip(scores, passages, strict=True))))
                 self._trim(outlet)
                 if status is not None:
                     outlet._status_due_s = 0.0
 
-    def _settle(self, parcels: list[tuple[Outlet, Parcel, list[float]]], refused: set[str]) -> None:
+    def _settle(self, parcels: list[tuple[Outlet, Parcel, list[Passage]]], refused: set[str]) -> None:
         now_s = time.monotonic()
-        for outlet, (lease, _, _, _), arrivals in parcels:
+        for outlet, (lease, _, _, _), passages in parcels:
             if lease.stream_id in refused:
                 self._refuse(outlet)
                 continue
-            for arrived_s in arrivals:
-                outlet._on_published(now_s - arrived_s)
+            for passage in passages:
+                outlet._on_published(passage, now_s)
             if outlet._closing and not outlet._events and not outlet._scores:
                 self._forget(outlet)
 

@@ -21,6 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from services.settings import TelemetrySettings
 
 EXPORT_S = 2.0  # longest that an ended span waits for company
+EXPORT_LIMIT_S = 5.0  # longest that a collector may take, all attempts together
 _FORMAT = TraceContextTextMapPropagator()
 
 
@@ -54,7 +55,7 @@ def configure(settings: TelemetrySettings, replica: str) -> None:
     provider = TracerProvider(
         resource=Resource.create({"service.name": "tsm-live", "service.instance.id": replica}), shutdown_on_exit=True
     )
-    exporter = OTLPSpanExporter(endpoint=address)
+    exporter = OTLPSpanExporter(endpoint=address, timeout=EXPORT_LIMIT_S)
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_S * 1000))
     _Tracing.provider, _Tracing.tracer = provider, provider.get_tracer("tsm-live")
     _Tracing.request_share, _Tracing.frame_share = settings.request_sample, settings.frame_sample
@@ -106,7 +107,11 @@ def current_ids() -> tuple[str, str] | None:
 
 
 class FrameTrace:
-    """The trace of one sampled frame; its spans are told when they are over. Times are those of `time.monotonic`."""
+    """The trace of one sampled frame; its spans are told when they are over.
+
+    Times are those of `time.monotonic`. The frame's own span ends when it left the models; that of its publication
+    is later.
+    """
 
     def __init__(self, tracer: trace.Tracer, attributes: dict[str, Any], began_s: float) -> None:
         self._tracer = tracer
@@ -120,20 +125,29 @@ class FrameTrace:
         made = self._tracer.start_span(name, self._inside, attributes=_known(attributes), start_time=self._ns(began_s))
         made.end(self._ns(ended_s))
 
-    def end(self, ended_s: float) -> None:
-        """The frame went all its way."""
-        self._root.end(self._ns(ended_s))
+    def end(self, dropped: str | None = None) -> None:
+        """The frame went through the models; dropped: why it did not."""
+        if dropped is not None:
+            self._root.set_attribute("dropped", dropped)
+        self._root.end()
 
     def _ns(self, monotonic_s: float) -> int:
         return int((monotonic_s + self._offset_s) * 1e9)
 
 
-def frame_trace(stream_id: str, number: int, began_s: float) -> FrameTrace | None:
-    """A trace for this frame if it is one of the settings' share, else None; began_s on the monotonic clock."""
+def frame_trace(stream_id: str, number: int, arrival_s: float | None) -> FrameTrace | None:
+    """A trace for a frame that is handed over now, if it is one of the settings' share, else None.
+
+    arrival_s: Unix time when all of the picture was here; None: now.
+    """
     tracer = _Tracing.tracer
     if tracer is None or random.random() >= _Tracing.frame_share:
         return None
-    return FrameTrace(tracer, {"stream": stream_id, "frame_number": number}, began_s)
+    now_s = time.monotonic()
+    began_s = now_s if arrival_s is None else now_s - max(0.0, time.time() - arrival_s)
+    made = FrameTrace(tracer, {"stream": stream_id, "frame_number": number}, began_s)
+    made.add("receive", began_s, now_s)
+    return made
 
 
 def _read(traceparent: str | None) -> SpanContext:

@@ -48,7 +48,7 @@ def outlet(publisher: Publisher, stream_id: str = "door", epoch: int = 1, told=N
     return publisher.open(
         Lease(stream_id=stream_id, owner="r1", epoch=epoch),
         lambda: StreamStatus(state="RUNNING", since=0),
-        (told if told is not None else []).append,
+        lambda passage, now_s: (told if told is not None else []).append(now_s - passage.arrived_s),
         lambda: (refused if refused is not None else []).append(epoch),
     )
 
@@ -145,7 +145,7 @@ def test_a_slow_status_does_not_hold_up_a_frame(desk):
         go_on.wait(5)
         return StreamStatus(state="RUNNING", since=0)
 
-    way = publisher.open(Lease(stream_id="door", owner="r1", epoch=1), slow, lambda _: None, lambda: None)
+    way = publisher.open(Lease(stream_id="door", owner="r1", epoch=1), slow, lambda *_: None, lambda: None)
     publisher.start()
     assert inside.wait(5)
     way.emit([{"n": 1}])  # returns while the status is being made
