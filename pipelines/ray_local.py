@@ -57,7 +57,7 @@ def ray_session(address: str | None = None, *, cpus: int = LEAST_CPUS, gpus: int
         stack.callback(ray.shutdown)  # before the start: one that fails half-way is ended too
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address == "local":
-            folder = Path(tempfile.mkdtemp(prefix="tsm-", dir=_temp_folder()))
+            folder = Path(tempfile.mkdtemp(prefix="tsm-", dir=temp_folder()))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             stack.callback(ray.shutdown)
             quiet |= {
@@ -121,7 +121,7 @@ def own_signals() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _temp_folder() -> str:
+def temp_folder() -> str:
     """A folder whose path is short enough for Ray's sockets."""
     folder = tempfile.gettempdir()
     return folder if len(folder) <= LONGEST_TEMP_PATH else "/tmp"  # noqa: S108
