@@ -7,11 +7,14 @@ import platform
 from collections import Counter as Sum
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+
+from services.schemas import StreamState
 
 STAGE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0)
@@ -25,7 +28,7 @@ RESTORES = ("checkpoint", "cold")
 SAVES = ("saved", "refused", "unavailable")
 STORE_VERBS = ("announce", "heartbeat", "put_metrics", "reconcile", "save")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET")
-STATES = ("STARTING", "RUNNING", "RESTARTING", "PAUSED", "STOPPING", "STOPPED", "FAILED", "ENDED")
+STATES: tuple[str, ...] = get_args(StreamState)
 
 
 @dataclass(frozen=True, slots=True)
