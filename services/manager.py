@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from pydantic import Field
 
@@ -18,6 +19,7 @@ from services.schemas import Latency, ReplicaInfo, SourceSpec, StreamSpec, Strea
 from services.settings import Settings
 from services.store import StateStore, StreamChanged, StreamExists
 from services.stream_models import DETECTOR_OPTIONS, RECOGNISER_OPTIONS, StreamModel
+from services.wanted import WANTED
 from services.wire import Wire
 from tsm_core.checkpoints import read_card
 from tsm_core.cost import multiply_adds
@@ -65,6 +67,12 @@ class NoCapacity(WorldError):
     """Every slot of every replica is taken."""
 
     reason = "no_capacity"
+
+
+class NotServed(CallerError):
+    """The stream is not one that is served, so there is nothing to pause or to restart."""
+
+    reason = "stream_not_served"
 
 
 class NoPicture(CallerError):
@@ -221,10 +229,14 @@ class StreamManager:
         spec = self.store.get_stream(stream_id)
         return self._view(spec, self.store.status(stream_id), self._alive())
 
-    def streams(self) -> list[StreamView]:
-        """All streams, ordered by id."""
+    def streams(self, *, sequences: bool = False) -> list[StreamView]:
+        """All streams, ordered by id; sequences, whose frames are pushed, only when they are asked for."""
         alive, statuses = self._alive(), self.store.statuses()
-        return [self._view(spec, statuses.get(spec.id), alive) for spec in self.store.list_streams()]
+        return [
+            self._view(spec, statuses.get(spec.id), alive)
+            for spec in self.store.list_streams()
+            if sequences or not spec.source.is_pushed
+        ]
 
     def update(
         self, stream_id: str, changes: Mapping[str, Any], *, check: bool = True, if_match: str | None = None
@@ -248,6 +260,8 @@ class StreamManager:
             changed = spec.model_copy(update=checked)
             if changed.enabled and not spec.enabled:
                 self._fits(1)
+            if not changed.enabled:
+                changed = changed.model_copy(update={"paused": False})
             restarts[:] = [name for name in RESTARTING if getattr(changed, name) != getattr(spec, name)]
             return changed.model_copy(update={"revision": spec.revision + bool(restarts)})
 
@@ -264,12 +278,27 @@ class StreamManager:
         self.store.delete_stream(stream_id, before=spec if if_match is not None else None)
 
     def start(self, stream_id: str) -> StreamView:
-        """Want the stream served; what ended or failed begins anew. Raises StreamNotFound, NoCapacity."""
+        """Want the stream served and not paused; what ended or failed begins anew.
+
+        Raises StreamNotFound, NoCapacity.
+        """
         return self._enable(stream_id, True)
 
     def stop(self, stream_id: str) -> StreamView:
         """Want the stream registered but not served. Raises StreamNotFound."""
         return self._enable(stream_id, False)
+
+    def pause(self, stream_id: str) -> StreamView:
+        """Want the stream's source closed; it keeps its place and its shift state. Raises StreamNotFound, NotServed."""
+        return self._served(stream_id, "pause", lambda spec: {"paused": True})
+
+    def resume(self, stream_id: str) -> StreamView:
+        """Want a paused stream's source open again; it goes on as after any gap. Raises StreamNotFound, NotServed."""
+        return self._served(stream_id, "resume", lambda spec: {"paused": False})
+
+    def restart(self, stream_id: str) -> StreamView:
+        """Want the source closed and opened anew, on the same shift state. Raises StreamNotFound, NotServed."""
+        return self._served(stream_id, "restart", lambda spec: {"paused": False, "revision": spec.revision + 1})
 
     # what is
 
@@ -315,8 +344,14 @@ class StreamManager:
         )
 
     def models(self) -> tuple[ServedModel, ...]:
-        """The models that streams can name; the default first."""
-        return self._models
+        """The models that streams can name; the default first. Raises StoreDown."""
+        changes = {name: bool(json.loads(text)) for name, text in self.store.documents(WANTED).items()}
+        kept = [model for model in self._models if changes.get(model.name, True)]
+        for name in sorted(name for name, wanted in changes.items() if wanted):
+            if all(model.name != name for model in self._models):
+                recipe, _ = read_card(find_model(name, None, [self.settings.models.folder]))
+                kept.append(describe(name, recipe))
+        return tuple(kept)
 
     def replicas(self) -> list[ReplicaInfo]:
         """The engine replicas that are alive, ordered by id."""
@@ -374,6 +409,11 @@ class StreamManager:
 
         Raises SourceNotAllowed, SourceNotFound.
         """
+        if source.is_pushed:
+            raise SourceNotAllowed(
+                "a stream of source push: begins with its first frame: send that as an inference request with a "
+                "sequence_id"
+            )
         if source.is_file:
             path = self._allowed_file(file_path(source.uri))
             return source.model_copy(update={"uri": "file://" + quote(str(path))})
@@ -414,7 +454,8 @@ class StreamManager:
         return path
 
     def _known(self, wanted: Sequence[StreamModel]) -> tuple[StreamModel, ...]:
-        served = {model.name: model for model in self._models}
+        models = self.models()
+        served = {model.name: model for model in models}
         for model in wanted:
             for name in (model.name, *([model.of_objects.objects_of] if model.of_objects else [])):
                 if name not in served:
@@ -433,7 +474,7 @@ class StreamManager:
                 GestureSmoother(served[model.name].labels)
         if wanted:
             return tuple(wanted)
-        return (StreamModel(name=next((m.name for m in self._models if m.default), self._models[0].name)),)
+        return (StreamModel(name=next((m.name for m in models if m.default), models[0].name)),)
 
     @staticmethod
     def _check_task(model: StreamModel, served: Mapping[str, ServedModel]) -> None:
@@ -490,10 +531,21 @@ class StreamManager:
         def change(spec: StreamSpec) -> StreamSpec:
             status = self.store.status(stream_id) if enabled and spec.enabled else None
             if spec.enabled == enabled and not (status and status.state in ("ENDED", "FAILED")):
-                return spec
+                return spec.model_copy(update={"paused": False})
             if not spec.enabled:
                 self._fits(1)
-            return spec.model_copy(update={"enabled": enabled, "revision": spec.revision + 1})
+            return spec.model_copy(update={"enabled": enabled, "paused": False, "revision": spec.revision + 1})
+
+        self._change(stream_id, change)
+        return self.get(stream_id)
+
+    def _served(self, stream_id: str, verb: str, changes: Callable[[StreamSpec], dict[str, Any]]) -> StreamView:
+        def change(spec: StreamSpec) -> StreamSpec:
+            status = self.store.status(stream_id)
+            if not spec.enabled or (status and status.state == "ENDED"):
+                state = status.state if status else "STOPPED"
+                raise NotServed(f"stream {stream_id!r} is {state}: there is nothing to {verb}; start it")
+            return spec.model_copy(update=changes(spec))
 
         self._change(stream_id, change)
         return self.get(stream_id)
@@ -544,7 +596,7 @@ def _shown(spec: StreamSpec, status: StreamStatus | None, alive: set[str]) -> St
         message = "waiting for a replica" if spec.enabled else ""
         return StreamStatus(state=state, status_message=message, since=spec.created_at.timestamp())
     if status.worker is None or status.worker in alive or status.state in ("STOPPED", "ENDED"):
-        if spec.enabled and status.state == "STOPPED":
+        if spec.enabled and (status.state == "STOPPED" or (status.state == "PAUSED" and not spec.paused)):
             return status.model_copy(update={"state": "STARTING", "status_message": "waiting for a replica"})
         if not spec.enabled and status.state not in ("STOPPED", "ENDED", "FAILED"):
             return status.model_copy(update={"state": "STOPPING", "status_message": ""})

@@ -180,6 +180,7 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
         caller: Calls,
         state: Annotated[list[StreamState] | None, Query(description="only in one of these states")] = None,
         tag: Annotated[list[Tag] | None, Query(description="key:value; only with all of these tags")] = None,
+        sequences: Annotated[bool, Query(description="also those whose frames are pushed")] = False,
         limit: Annotated[int | None, Query(ge=1, le=1000, description="default: all at once")] = None,
         cursor: Cursor = None,
     ) -> StreamList:
@@ -187,7 +188,7 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
         tags = [(key, value) for key, _, value in (one.partition(":") for one in tag or ())]
         found = [
             view
-            for view in manager.streams()
+            for view in manager.streams(sequences=sequences)
             if view.id > behind
             and caller.sees(view.id)
             and (not state or view.status.state in state)
@@ -235,6 +236,24 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
     @router.post("/streams/{stream_id}/stop", summary="Stop serving a stream, keep it registered")
     def stop_stream(stream_id: str) -> StreamView:
         view = manager.stop(stream_id)
+        hub.look()
+        return view
+
+    @router.post("/streams/{stream_id}/pause", summary="Close a stream's source, keep its place and its state")
+    def pause_stream(stream_id: str) -> StreamView:
+        view = manager.pause(stream_id)
+        hub.look()
+        return view
+
+    @router.post("/streams/{stream_id}/resume", summary="Open a paused stream's source again")
+    def resume_stream(stream_id: str) -> StreamView:
+        view = manager.resume(stream_id)
+        hub.look()
+        return view
+
+    @router.post("/streams/{stream_id}/restart", summary="Close a stream's source and open it anew")
+    def restart_stream(stream_id: str) -> StreamView:
+        view = manager.restart(stream_id)
         hub.look()
         return view
 

@@ -139,7 +139,9 @@ function serverNow() {
 
 // ---------------------------------------------------------------- one tile
 
-const AWAY = new Set(["RESTARTING", "FAILED", "STOPPED", "STOPPING", "ENDED"]);
+const AWAY = new Set(["RESTARTING", "PAUSED", "FAILED", "STOPPED", "STOPPING", "ENDED"]);
+
+const VERBS = ["start", "pause", "resume", "stop", "remove"]; // a tile's buttons
 
 /** True for scores of the whole picture or a region, not of one object. */
 const aboutPicture = (record) => record.label !== undefined && record.track_id === undefined;
@@ -165,7 +167,7 @@ class Tile {
       notice: find(".notice"), objects: find(".objects"), noticeTitle: find(".notice-title"),
       noticeText: find(".notice-text"), noticeHint: find(".notice-hint"), badge: find(".badge"),
       badgeText: find(".badge-text"), feed: find(".feed"), name: find(".name"), idText: find(".id"),
-      start: find(".start"), stop: find(".stop"), remove: find(".remove"), swatch: find(".swatch"),
+      start: find(".start"), pause: find(".pause"), resume: find(".resume"), stop: find(".stop"), remove: find(".remove"), swatch: find(".swatch"),
       label: find(".label"), percent: find(".percent"), warmup: find(".warmup"), bar: find(".bar"),
       barFill: find(".bar span"), canvas: find("canvas"), read: find(".strip-read"),
       runners: [...this.root.querySelectorAll(".runners li")],
@@ -177,10 +179,8 @@ class Tile {
     );
     this.setSpec(spec);
 
-    const { start, stop, remove, canvas } = this.parts;
-    start.addEventListener("click", () => act(this, "start"));
-    stop.addEventListener("click", () => act(this, "stop"));
-    remove.addEventListener("click", () => act(this, "remove"));
+    const { canvas } = this.parts;
+    for (const verb of VERBS) this.parts[verb].addEventListener("click", () => act(this, verb));
     canvas.addEventListener("pointermove", (event) => this.readStrip(event));
     canvas.addEventListener("pointerleave", () => setText(this.parts.read, ""));
   }
@@ -201,7 +201,7 @@ class Tile {
     this.root.setAttribute("aria-label", `Stream ${this.name}`);
     this.picture.image.alt = `Live picture of ${this.name}`;
     this.picture.setPlaces(spec.models ?? []);
-    for (const verb of ["start", "stop", "remove"]) {
+    for (const verb of VERBS) {
       const text = `${verb[0].toUpperCase()}${verb.slice(1)} ${this.name}`;
       this.parts[verb].setAttribute("aria-label", text);
       this.parts[verb].title = text;
@@ -318,6 +318,8 @@ class Tile {
     const over = state === "ENDED" || (state === "FAILED" && !this.status?.retry_at);
     setHidden(parts.start, this.spec.enabled && !over); // starting what is over begins it anew
     setHidden(parts.stop, !this.spec.enabled);
+    setHidden(parts.pause, !this.spec.enabled || over || this.spec.paused);
+    setHidden(parts.resume, !this.spec.paused);
 
     const fresh = this.score && now - this.score.at < 3_000 && state === "RUNNING";
     const score = fresh ? this.score : null;
@@ -422,7 +424,7 @@ class Tile {
       const cut = text.lastIndexOf("; "); // "what happened; what would help"
       if (cut > 0) [text, hint] = [text.slice(0, cut), sentence(text.slice(cut + 2))];
     } else {
-      title = { STOPPED: "Stopped", STOPPING: "Stopping", ENDED: "The file has ended" }[state] ?? state;
+      title = { PAUSED: "Paused", STOPPED: "Stopped", STOPPING: "Stopping", ENDED: "The file has ended" }[state] ?? state;
     }
     parts.notice.dataset.show = title ? "yes" : "no";
     parts.notice.classList.toggle("busy", busy);

@@ -121,6 +121,11 @@ def test_a_stream_comes_alive_and_goes(visit: Visit, service, camera: SimulatorP
     expect(tile).to_have_class(re.compile("marked"))
     page.screenshot(path=tmp_path / "live.png")
 
+    tile.get_by_role("button", name=f"Pause {stream}").click()
+    expect(tile.locator(".badge")).to_have_text("paused", timeout=10_000)
+    tile.get_by_role("button", name=f"Resume {stream}").click()
+    expect(tile.locator(".badge")).to_have_text("running", timeout=20_000)
+
     tile.get_by_role("button", name=f"Stop {stream}").click()
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(tile.locator(".badge")).to_have_text("stopped", timeout=10_000)
