@@ -1,6 +1,6 @@
 """The decoder for sources whose address holds a password: `python -m pipelines.decoder_child`.
 
-Reads one JSON object from stdin (uri, options, min_side_px, scale), so that nothing secret is in a command line or
+Reads one JSON object from stdin (uri, options, min_side_px, limits), so that nothing secret is in a command line or
 in the environment; decodes with PyAV; writes NUT with raw RGB video and the source's pts to stdout, as the ffmpeg
 command does, and lines like ffmpeg's to stderr. Ends with its parent, on SIGTERM, and when nobody reads any more.
 """
@@ -11,14 +11,13 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import signal
-import socket
 import sys
 import threading
 import time
 from fractions import Fraction
 from typing import Any
-from urllib.parse import urlsplit
 
 import av
 import av.error
@@ -56,6 +55,13 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
+def limit_memory(memory_bytes: int) -> None:
+    """Have allocations fail past so much address space of this process."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
 def stop_on_sigterm() -> None:
     """SIGTERM ends the loop at the next packet, and the process soon after when no packet comes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -91,9 +97,6 @@ def open_source(uri: str, options: dict[str, str]) -> Any:
 def decode(job: dict[str, Any]) -> None:
     """Open, decode, scale and write until the source ends."""
     uri, min_side_px = str(job["uri"]), int(job["min_side_px"])
-    parts = urlsplit(uri)
-    if parts.hostname:  # libavformat does not say when the name is the trouble
-        socket.getaddrinfo(parts.hostname, parts.port or 554, type=socket.SOCK_STREAM)
     source = open_source(uri, job["options"])
     if not source.streams.video:
         raise ValueError("no video stream")
@@ -101,6 +104,7 @@ def decode(job: dict[str, Any]) -> None:
     if video.codec_context is None:
         raise ValueError("Decoder not found: unknown codec")
     video.thread_type = "NONE"
+    video.codec_context.options = {"max_pixels": str(job["max_pixels"])}
     if job["low_delay"]:
         video.codec_context.flags |= av.codec.context.Flags.low_delay
     out: Any = None
@@ -141,6 +145,7 @@ def main() -> int:
     job = json.load(sys.stdin)
     die_with_parent(int(job["parent_pid"]))
     stop_on_sigterm()
+    limit_memory(int(job["memory_bytes"]))
     handler = logging.StreamHandler()
     handler.setFormatter(Redacting())
     handler.addFilter(lambda record: record.levelno >= logging.ERROR or "RTP: missed" in record.getMessage())
@@ -151,8 +156,6 @@ def main() -> int:
         decode(job)
     except BrokenPipeError:
         return 0
-    except socket.gaierror as error:
-        say("error", f"Failed to resolve hostname: {error.strerror}")
     except av.error.FFmpegError as error:
         say("error", f"{type(error).__name__}: {error.strerror}")
     except (OSError, ValueError) as error:

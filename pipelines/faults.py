@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
+from pipelines.addresses import NETWORKS, AddressNotAllowed, AddressNotFound, Network, judge
 from tsm_core.errors import CallerError
 
 Retry = Literal["now", "soon", "slow", "never"]
@@ -34,6 +35,11 @@ FAULTS: dict[str, tuple[Retry, str, str]] = {
         "the address cannot be used",
         "use rtsp://HOST[:PORT]/PATH, rtsps://HOST[:PORT]/PATH or file:///PATH",
     ),
+    "STREAM_ADDRESS_FORBIDDEN": (
+        "slow",
+        "the address is not allowed",
+        "use the camera's own address; source.networks names the networks that may be opened",
+    ),
     "STREAM_DNS_FAILED": ("soon", "the host name cannot be resolved", "check the host name, or use the IP address"),
     "STREAM_CONNECTION_FAILED": (
         "soon",
@@ -46,6 +52,11 @@ FAULTS: dict[str, tuple[Retry, str, str]] = {
         "check address and port; a camera that answers this way may need a restart",
     ),
     "STREAM_NOT_RTSP": ("slow", "what answers there does not speak RTSP", "check the port; RTSP is usually on 554"),
+    "STREAM_REDIRECTED": (
+        "slow",
+        "the camera sends us to another address",
+        "use the address that it names, if you trust it",
+    ),
     "STREAM_AUTH_FAILED": ("slow", "the camera refuses the user name or the password", "check user name and password"),
     "STREAM_NOT_FOUND": ("slow", "the camera does not know this path", "check the path of the address"),
     "STREAM_SERVER_BUSY": (
@@ -65,6 +76,11 @@ FAULTS: dict[str, tuple[Retry, str, str]] = {
         "slow",
         "the video cannot be decoded",
         "set the camera to H.264, H.265 or MJPEG, or choose another of its streams",
+    ),
+    "STREAM_TOO_LARGE": (
+        "slow",
+        "the picture is larger than allowed",
+        "lower the camera's resolution, or raise limits.pixels",
     ),
     "STREAM_NO_DATA": (
         "soon",
@@ -108,6 +124,8 @@ class BadSource(CallerError):
 
 # what the decoders say -> code; the first row that matches wins
 _WORDS: tuple[tuple[str, str], ...] = (
+    (r"Redirecting to|Protocol '\w+' not on whitelist", "STREAM_REDIRECTED"),
+    (r"Picture size \d+x\d+ (is invalid|exceeds)", "STREAM_TOO_LARGE"),
     (r"401 Unauthorized|403 Forbidden|HTTPUnauthorizedError|HTTPForbiddenError", "STREAM_AUTH_FAILED"),
     (r"404 Not Found|HTTPNotFoundError", "STREAM_NOT_FOUND"),
     (r"5XX Server Error|HTTPServerError|\b50[0-9] \w+", "STREAM_SERVER_BUSY"),
@@ -186,7 +204,8 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """
     for secret in sorted({s for s in secrets if s}, key=len, reverse=True):
         text = re.sub("".join(map(_encodings, secret)), HIDDEN, text)
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)\S*@", rf"\1{HIDDEN}@", text)
+    if "@" in text:
+        text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)\S*@", rf"\1{HIDDEN}@", text)
     text = _PARAMETER.sub(rf"\1={HIDDEN}", text)
     return re.sub(r"(?i)\b(authorization:\s*)[^\r\n]+", rf"\1{HIDDEN}", text)
 
@@ -340,12 +359,15 @@ def probe(
     transport: Literal["tcp", "udp"] = "tcp",
     timeout_s: float = 4.0,
     depth: Depth = "decode",
+    networks: Sequence[Network] = NETWORKS,
+    max_pixels: int = 40_000_000,
 ) -> ProbeReport:
     """Look at a source step by step and say which step fails, why, and what would work.
 
     Stages of a camera: address, dns, tcp, tls (rtsps), rtsp, auth, sdp; depth `decode` adds key_frame and decode with
     a snapshot. Stages of a file: address, file, key_frame, decode. Each stage ends within timeout_s, key_frame within
-    three times that, because a camera may send key frames seconds apart. Never raises for a faulty source.
+    three times that, because a camera may send key frames seconds apart. A camera outside the networks is not connected
+    to, a redirect is not followed. Never raises for a faulty source.
     """
     probing = _Probe(tuple(filter(None, (password,))))
     clean = uri
@@ -368,10 +390,10 @@ def probe(
         if not probing.stage("file", lambda: _probe_file(file_path(clean))):
             return probing.report()
         depth = "decode"
-    elif not _probe_camera(probing, clean, username, password, timeout_s):
+    elif not _probe_camera(probing, clean, username, password, timeout_s, networks):
         return probing.report()
     if depth == "decode":
-        _probe_picture(probing, clean, username, password, transport, timeout_s)
+        _probe_picture(probing, clean, username, password, transport, timeout_s, tuple(networks), max_pixels)
     return probing.report()
 
 
@@ -388,34 +410,41 @@ def _probe_file(path: str) -> str:
     return f"{os.path.getsize(path)} bytes"
 
 
-def _probe_camera(probing: _Probe, uri: str, username: str | None, password: str | None, timeout_s: float) -> bool:
+def _probe_camera(
+    probing: _Probe,
+    uri: str,
+    username: str | None,
+    password: str | None,
+    timeout_s: float,
+    networks: Sequence[Network],
+) -> bool:
     """Everything up to the session description, by a socket of our own."""
     parts = urlsplit(uri)
     host, secure = parts.hostname or "", parts.scheme == "rtsps"
     port = parts.port or (322 if secure else 554)
-    addresses: list[Any] = []
+    addresses: list[str] = []
     client: _RtspClient | None = None
     link: list[socket.socket] = []
 
     def dns() -> str:
-        addresses.extend(_resolve(host, port, timeout_s))
-        return ", ".join(dict.fromkeys(str(entry[4][0]) for entry in addresses))
+        try:
+            addresses.extend(judge(host, port, networks, timeout_s=timeout_s))
+        except AddressNotAllowed as error:
+            raise _Failed("STREAM_ADDRESS_FORBIDDEN", str(error)) from None
+        except AddressNotFound as error:
+            raise _Failed("STREAM_DNS_FAILED", str(error)) from None
+        return ", ".join(addresses)
 
     def tcp() -> str:
         deadline = time.monotonic() + timeout_s
-        for i, (family, kind, protocol, _, address) in enumerate(addresses):
-            sock = socket.socket(family, kind, protocol)
+        for place, address in enumerate(addresses, 1):
             try:
-                sock.settimeout(max(0.1, deadline - time.monotonic()))
-                sock.connect(address)
-            except OSError:
-                sock.close()
-                if i == len(addresses) - 1:
-                    raise
-            else:
-                link.append(sock)
+                link.append(socket.create_connection((address, port), max(0.1, deadline - time.monotonic())))
                 break
-        return f"{addresses[0][4][0]}:{port}"
+            except OSError:
+                if place == len(addresses):
+                    raise
+        return f"{addresses[0]}:{port}"
 
     def tls() -> str:
         try:
@@ -432,6 +461,7 @@ def _probe_camera(probing: _Probe, uri: str, username: str | None, password: str
         nonlocal client
         client = _RtspClient(link[0], uri, username, password, timeout_s)
         status, headers, _ = client.ask("OPTIONS")
+        _stays(status, headers)
         return f"{status}; {headers.get('server', 'server unnamed')}"[:120]
 
     described: tuple[int, dict[str, str], str] = (0, {}, "")
@@ -449,6 +479,7 @@ def _probe_camera(probing: _Probe, uri: str, username: str | None, password: str
                 raise _Failed("STREAM_AUTH_FAILED", "401 Unauthorized")
         else:
             how = "none asked for"
+        _stays(*described[:2])
         if described[0] == 403:
             raise _Failed("STREAM_AUTH_FAILED", "403 Forbidden")
         return how
@@ -474,24 +505,9 @@ def _probe_camera(probing: _Probe, uri: str, username: str | None, password: str
             sock.close()
 
 
-def _resolve(host: str, port: int, timeout_s: float) -> list[Any]:
-    """Addresses of a host, within timeout_s: the resolver's own may be half a minute."""
-    found: list[Any] = []
-    errors: list[OSError] = []
-
-    def look() -> None:
-        try:
-            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except OSError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not found:
-        why = str(errors[0].strerror) if errors else f"no answer within {timeout_s:g} s"
-        raise _Failed("STREAM_DNS_FAILED", f"{host}: {why}")
-    return found
+def _stays(status: int, headers: dict[str, str]) -> None:
+    if 300 <= status < 400:
+        raise _Failed("STREAM_REDIRECTED", headers.get("location", f"status {status}")[:200])
 
 
 class _RtspClient:
@@ -613,6 +629,8 @@ def _probe_picture(
     password: str | None,
     transport: Literal["tcp", "udp"],
     timeout_s: float,
+    networks: tuple[Network, ...],
+    max_pixels: int,
 ) -> None:
     """The first pictures, by the decoder child."""
     from pipelines.sources import Decoder, SourceConfig  # that room imports this one
@@ -626,8 +644,19 @@ def _probe_picture(
         decoder="pyav",
         min_side_px=360,
         io_timeout_s=timeout_s,
+        networks=networks,
+        max_pixels=max_pixels,
     )
-    decoder = Decoder(config)
+    try:
+        decoder = Decoder(config)
+    except (AddressNotAllowed, AddressNotFound) as error:  # the name has another address by now
+        words = str(error)
+
+        def refuse() -> str:
+            raise _Failed("STREAM_ADDRESS_FORBIDDEN", words)
+
+        probing.stage("key_frame", refuse)
+        return
     pictures: list[tuple[Any, float, float]] = []
     news = threading.Condition()
     over = threading.Event()

@@ -16,16 +16,9 @@ import av
 import av.error
 import av.logging
 
-from pipelines.decoder_child import die_with_parent
+from pipelines.decoder_child import die_with_parent, limit_memory
 
 TRIED_PACKETS = 300  # a picture that can be decoded comes among these, or the file is damaged
-
-
-def limit_memory(memory_bytes: int) -> None:
-    """Have allocations fail past so much address space of this process."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    least = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (least, hard))
 
 
 def look(job: dict[str, Any]) -> dict[str, Any]:

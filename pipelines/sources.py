@@ -27,12 +27,22 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import av
 import ffmpeg
 import torch
 from torch import Tensor
 
+from pipelines.addresses import (
+    NETWORKS,
+    AddressNotAllowed,
+    AddressNotFound,
+    Network,
+    check_url,
+    pinned,
+    reachable,
+)
 from pipelines.faults import Fault, classify, file_path, has_secret, redact, split_userinfo, with_userinfo
 from tsm_core.errors import CallerError, WorldError
 from tsm_core.types import Frame
@@ -43,6 +53,8 @@ Timed = tuple[Tensor, float, float]  # image uint8 (3, H, W), pts in seconds, ar
 State = Literal["STARTING", "RUNNING", "RESTARTING", "FAILED", "ENDED"]
 CLOCK_HZ = 90_000  # of the NUT stream; RTP's own for video, so that a camera's pts stay exact
 LOOP = "LOOP"  # no fault: a looped file whose decoder cannot go back begins again
+STAYING_VERSION = (8, 0)  # of ffmpeg: from here on a redirect needs a protocol of the whitelist; 5.1 follows any
+REDIRECTED = "Redirecting to"  # what it says before it does so
 STOP_GRACE_S = 1.5  # a child that has not ended so long after SIGTERM is killed
 
 # files that hold their own video; a playlist could point to other files and hosts
@@ -54,8 +66,9 @@ FILE_FORMATS = (
 # run by a bare Python that becomes the decoder: the child dies with the thread that started it. A fork with code of
 # ours in it (preexec_fn) is not safe in a process with many threads; this is.
 _LAUNCHER = (
-    "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,9);"
-    "os.getppid()==int(sys.argv[1]) or os._exit(1);os.execv(sys.argv[2],sys.argv[2:])"
+    "import ctypes,os,resource as r,sys;ctypes.CDLL(None).prctl(1,9);"
+    "os.getppid()==int(sys.argv[1]) or os._exit(1);hard=r.getrlimit(r.RLIMIT_AS)[1];most=int(sys.argv[2]);"
+    "r.setrlimit(r.RLIMIT_AS,(most if hard<0 else min(most,hard),hard));os.execv(sys.argv[3],sys.argv[3:])"
 )
 
 
@@ -85,6 +98,21 @@ def find_ffmpeg() -> FFmpeg:
     Raises FFmpegMissing that says what was tried.
     """
     return _find_ffmpeg(os.environ.get("FFMPEG_BINARY", ""), os.environ.get("PATH", ""))
+
+
+def find_camera_ffmpeg() -> FFmpeg:
+    """The ffmpeg for cameras: as `find_ffmpeg`, but imageio-ffmpeg's where that on the path follows redirects.
+
+    Where there is no other, an old one is used, and ended as soon as it says that it follows one.
+    """
+    found = find_ffmpeg()
+    if found.version >= STAYING_VERSION or os.environ.get("FFMPEG_BINARY"):
+        return found
+    try:
+        bundled = _find_ffmpeg("", "")
+    except FFmpegMissing:
+        return found
+    return max(found, bundled, key=lambda each: each.version)
 
 
 @functools.lru_cache(maxsize=4)
@@ -135,7 +163,9 @@ class SourceConfig:
     decoder: `auto` is ffmpeg, or pyav (our own child) for a source with credentials; those go through pyav whatever
     is asked for, because a command line is public. So does rtsps, because ffmpeg 5 does not check certificates;
     authorities beyond the system's are taken from SSL_CERT_FILE. min_side_px: the decoder keeps at least this short
-    side, or the source's own if that is smaller. realtime and loop concern files. Raises BadSource.
+    side, or the source's own if that is smaller. realtime and loop concern files. networks: a camera elsewhere is not
+    opened. max_pixels: width x height of a picture; what is larger is not decoded. memory_bytes: address space of the
+    decoder child. Raises BadSource.
     """
 
     stream_id: str
@@ -154,6 +184,9 @@ class SourceConfig:
     retry_cap_s: float = 15.0
     retry_config_s: float = 60.0
     healthy_s: float = 30.0
+    networks: tuple[Network, ...] = NETWORKS
+    max_pixels: int = 40_000_000
+    memory_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         uri, username, password = split_userinfo(self.uri)
@@ -224,16 +257,19 @@ class SourceCounters:
     jitter_s: float = 0.0
 
 
-def decoder_command(config: SourceConfig) -> list[str]:
-    """The ffmpeg command line that writes the source as NUT with raw RGB video to stdout. Holds no secret."""
-    binary = find_ffmpeg()
-    options: dict[str, str | int] = dict(_input_options(config)) | {"threads": 1}
+def decoder_command(config: SourceConfig, camera: str | None = None) -> list[str]:
+    """The ffmpeg command line that writes the source as NUT with raw RGB video to stdout. Holds no secret.
+
+    camera: the address to connect to in place of the name in the URI.
+    """
+    binary = find_ffmpeg() if config.is_file else find_camera_ffmpeg()
+    options: dict[str, str | int] = dict(_input_options(config)) | {"threads": 1, "max_pixels": config.max_pixels}
     if config.is_file:
         address = "file:" + file_path(config.uri)
         if config.loop:
             options["stream_loop"] = -1
     else:
-        address = config.uri
+        address = pinned(config.uri, camera) if camera else config.uri
         options["flags"] = "low_delay"
     side = f"min(1,{config.min_side_px}/min(iw,ih))"
     passthrough = {"fps_mode": "passthrough"} if binary.version >= (5, 1) else {"vsync": "passthrough"}
@@ -263,7 +299,9 @@ def _input_options(config: SourceConfig) -> dict[str, str]:
     tls = {}
     if config.uri.startswith("rtsps:"):
         authorities = ssl.get_default_verify_paths()
-        tls = {"tls_verify": "1"} | ({"ca_file": authorities.cafile} if authorities.cafile else {})
+        # the certificate is for the name, also when the connection goes to an address that was judged
+        tls = {"tls_verify": "1", "verifyhost": urlsplit(config.uri).hostname or ""}
+        tls |= {"ca_file": authorities.cafile} if authorities.cafile else {}
     return tls | {
         "protocol_whitelist": "tcp,udp,rtp,tls",
         "rtsp_transport": config.rtsp_transport,
@@ -276,7 +314,8 @@ def _input_options(config: SourceConfig) -> dict[str, str]:
 class Decoder:
     """One decoder child: its process, what it says, and its frames.
 
-    The child is killed by the kernel when the thread that made this object ends.
+    The child is killed by the kernel when the thread that made this object ends. A camera's name is resolved and judged
+    here, once, and the child is given the address. Raises AddressNotAllowed, AddressNotFound.
     """
 
     def __init__(self, config: SourceConfig) -> None:
@@ -289,13 +328,15 @@ class Decoder:
         self.started_s = time.monotonic()
         self._sized = threading.Event()
         own = config.own_decoder
+        camera = None if config.is_file else _judged(config)
         # our own settings may hold a store's password: no business of a decoder
         environment = {key: value for key, value in os.environ.items() if not key.startswith("TSM_")}
         if own:
-            command, job = _child_job(config)
+            command, job = _child_job(config, camera)
             environment |= {"PYTHONPATH": _python_path()}
         else:
-            command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *decoder_command(config)]
+            launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(config.memory_bytes)]
+            command = launcher + decoder_command(config, camera)
             job = b""
         self.process = subprocess.Popen(  # noqa: S603
             command,
@@ -388,20 +429,33 @@ class Decoder:
                 self.corrupt += 1
             elif missed := re.search(r"RTP: missed (\d+) packets", line):
                 self.packets_lost += int(missed[1])
+            if REDIRECTED in line and not self.config.is_file:
+                self._signal(signal.SIGKILL)
             if "[verbose]" not in line:
                 self.lines.append(line)
-                logger.debug("%s: %s", self.config.stream_id, line)
+                logger.debug("%s: %s", self.config.stream_id, line, extra={"stream": self.config.stream_id})
         self._sized.set()
 
 
-def _child_job(config: SourceConfig) -> tuple[list[str], bytes]:
+def _judged(config: SourceConfig) -> str:
+    """The address of the camera, allowed by the policy. Raises AddressNotAllowed, AddressNotFound."""
+    found = check_url(config.uri, schemes=("rtsp", "rtsps"), networks=config.networks, timeout_s=config.io_timeout_s)
+    return reachable(found.addresses, found.port, config.io_timeout_s)
+
+
+def _child_job(config: SourceConfig, camera: str | None = None) -> tuple[list[str], bytes]:
     """(command line without secrets, what the child reads on stdin)."""
-    uri = file_path(config.uri) if config.is_file else with_userinfo(config.uri, config.username, config.password)
+    if config.is_file:
+        uri = file_path(config.uri)
+    else:
+        uri = with_userinfo(pinned(config.uri, camera) if camera else config.uri, config.username, config.password)
     job = {
         "uri": f"file:{uri}" if config.is_file else uri,
         "options": _input_options(config),
         "min_side_px": config.min_side_px,
         "low_delay": not config.is_file,
+        "max_pixels": config.max_pixels,
+        "memory_bytes": config.memory_bytes,
         "parent_pid": os.getpid(),
     }
     return [sys.executable, "-m", "pipelines.decoder_child"], json.dumps(job).encode()
@@ -533,7 +587,12 @@ class Source:
     def _connect(self) -> Fault | None:
         """One connection from start to end: its fault, or None when stopped or when a file is over."""
         self._frames, self._over = 0, False
-        decoder = Decoder(self.config)
+        try:
+            decoder = Decoder(self.config)
+        except AddressNotAllowed as error:
+            return Fault.of("STREAM_ADDRESS_FORBIDDEN", str(error))
+        except AddressNotFound as error:
+            return Fault.of("STREAM_DNS_FAILED", str(error))
         self._reader = threading.Thread(
             target=self._read, args=(decoder,), name=f"{self.config.stream_id}-reader", daemon=True
         )
@@ -592,7 +651,9 @@ class Source:
         with self._telling:
             decoder, self._current = self._current, None
             if fault.code != LOOP:
-                logger.warning("%s: %s: %s", self.config.stream_id, fault.code, message)
+                logger.warning(
+                    "%s: %s: %s", self.config.stream_id, fault.code, message, extra={"stream": self.config.stream_id}
+                )
                 retry_at = None if delay_s is None else time.time() + delay_s
                 self._tell(state, message, error_code=fault.code, retry_at=retry_at)
         if decoder is not None:
