@@ -15,17 +15,30 @@ os.environ.update(ENVIRONMENT)  # read by ray as it is imported
 
 import ray
 import uvicorn
+from fastapi import FastAPI
 from pydantic import SecretStr
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
+from services import logs, tracing
 from services.controller import Controller
 from services.couriers.office import Couriers
 from services.embedded import EmbeddedValkey
 from services.engine import Engine
 from services.http.app import http_app
+from services.http.observe import Reporter
+from services.inference import Inference, InferRequest
+from services.inferring import StoreInference, infer_here, push_when_open
+from services.locks.first import first_admin_token
+from services.locks.vault import HOW, vault_of, with_key
 from services.manager import StreamManager, served_models
 from services.ports import listen, shown_host
+from services.replicas import MAX_CALLS, Answer, OwnerRouter, ServeReplicas, answer_or_refusal, replica_name
+from services.rpc.open_inference import inference_service
+from services.rpc.server import GrpcDoor
+from services.rpc.streams import stream_service
+from services.schemas import Lease
 from services.settings import Settings, SettingsError, StoreSettings, load_settings
 from services.store import open_store
 from tsm_core.errors import WorldError
@@ -45,10 +58,18 @@ class EngineReplica:
 
     def __init__(self, given: Settings | dict[str, Any]) -> None:
         settings = enter_actor(given)
-        replica_id = f"engine-{serve.get_replica_context().replica_id.unique_id}"
+        replica_id = replica_name(serve.get_replica_context().replica_id.unique_id)
         self._store = open_store(settings.store)
         self._engine = Engine(settings, self._store, replica_id)
         self._engine.start()
+
+    async def infer(self, request: InferRequest) -> Answer:
+        """The answer to a request that stands alone."""
+        return await answer_or_refusal(infer_here(self._engine, request))
+
+    async def push(self, lease: Lease, token: str, request: InferRequest, owner: str) -> Answer:
+        """The answer to frames of a sequence; owner tells Serve which replica has it."""
+        return await answer_or_refusal(push_when_open(self._engine, lease, token, request))
 
     def check_health(self) -> None:
         """Called by Serve: raises when the replica must be replaced."""
@@ -98,14 +119,18 @@ class Gateway:
     without bound (measured: 56 MB in 15 s for one viewer who reads nothing).
     """
 
-    def __init__(self, settings: Settings, host: str, port: int, *_: Any) -> None:
+    def __init__(self, settings: Settings, host: str, port: int, engine: Any, *_: Any) -> None:
         enter_actor(settings)
         self._store = open_store(settings.store)
-        app = http_app(StreamManager(self._store, settings), settings)
+        manager = StreamManager(self._store, settings)
+        inference = StoreInference(self._store, settings, ServeReplicas(engine))
+        app = http_app(manager, settings, inference)
+        self._grpc = _open_grpc(settings, host, manager, app, inference)
         config = uvicorn.Config(
             app,
             host=host,
             port=port,
+            log_config=None,  # ours
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -121,23 +146,50 @@ class Gateway:
         """Called by Serve: raises when the replica must be replaced."""
         if not self._thread.is_alive():
             raise WorldError("the HTTP server ended")
+        if self._grpc is not None and not self._grpc.alive():
+            raise WorldError("the gRPC server ended")
 
     def __del__(self) -> None:
         """Called by Serve before it ends the replica: feeds are ended."""
         if hasattr(self, "_thread"):
             self._server.should_exit = True
+            if self._grpc is not None:
+                self._grpc.stop()
             self._thread.join(3.0)
             self._store.close()
+
+
+def _open_grpc(
+    settings: Settings, host: str, manager: StreamManager, app: FastAPI, inference: Inference
+) -> GrpcDoor | None:
+    """The gRPC door beside the HTTP door `app`, which has the hub and the locks. Raises PortTaken."""
+    server = settings.server
+    if server.grpc_port is None:
+        return None
+    services = [stream_service(manager, app.state.hub), inference_service(inference)]
+    return GrpcDoor(
+        host,
+        server.grpc_port,
+        services,
+        app.state.locks,
+        with_reflection=server.grpc_reflection,
+        telemetry=app.state.telemetry,
+    )
 
 
 @serve.ingress()
 class ClusterGateway:
     """Shell around the HTTP door on a cluster, where Serve's proxy on every node leads to it; keeps nothing."""
 
-    def __init__(self, given: Settings | dict[str, Any], *_: Any) -> None:
+    def __init__(self, given: Settings | dict[str, Any], engine: Any, *_: Any) -> None:
         settings = enter_actor(given)
+        always = settings.auth.model_copy(update={"required": "always"})
+        settings = settings.model_copy(update={"auth": always})
         self._store = open_store(settings.store)
-        self._http = http_app(StreamManager(self._store, settings), settings)
+        inference = StoreInference(self._store, settings, ServeReplicas(engine))
+        gateway_id = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
+        self._http = http_app(StreamManager(self._store, settings), settings, inference, gateway_id)
+        self._reporter = Reporter(self._store, self._http.state.telemetry)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Serve once per replica."""
@@ -145,7 +197,8 @@ class ClusterGateway:
 
     def __del__(self) -> None:
         """Called by Serve before it ends the replica."""
-        if hasattr(self, "_http"):
+        if hasattr(self, "_reporter"):
+            self._reporter.stop()
             self._store.close()
 
 
@@ -159,9 +212,10 @@ def enter_actor(given: Settings | dict[str, Any]) -> Settings:
     single machine it must not be reachable from outside. Serve has no option for it, so its helper is wrapped.
     """
     settings = given if isinstance(given, Settings) else load_settings(data=given)
-    logging.basicConfig(level=settings.logger.level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "httpcore"):
-        logging.getLogger(noisy).setLevel("WARNING")
+    context = serve.get_replica_context()
+    replica_id = f"{context.deployment.lower()}-{context.replica_id.unique_id}"
+    logs.set_up(settings, replica_id)
+    tracing.configure(settings.telemetry, replica_id)
     replica: Any = importlib.import_module("ray.serve._private.replica")
     original = replica.add_port_to_grpc_server
     if getattr(original, "only_loopback", False) or not _on_loopback():
@@ -195,6 +249,16 @@ def cluster_application(args: dict[str, Any]) -> serve.Application:
     settings = load_settings(data=args)
     if settings.store.url is None:
         raise SettingsError("store.url is empty, and a cluster embeds no store: set TSM_STORE__URL on every node")
+    if vault_of(settings.store) is None:
+        raise SettingsError(
+            "a cluster needs a key that seals cameras' passwords: set TSM_STORE__ENCRYPTION_KEY on every node to the "
+            f"same 32 bytes in base64; {HOW}"
+        )
+    if settings.auth.admin_token is None:
+        raise SettingsError(
+            "a cluster's doors want tokens, and nothing here keeps a first one: set TSM_AUTH__ADMIN_TOKEN on every "
+            "node to the same 32 letters or more; `openssl rand -hex 32` makes them"
+        )
     engine, controller = _workers(settings, args)
     door = _door(ClusterGateway).options(max_ongoing_requests=VIEWERS)
     graph: serve.Application = door.bind(args, engine, controller)
@@ -209,6 +273,8 @@ def _workers(settings: Settings, given: Settings | dict[str, Any]) -> tuple[Any,
         name="Engine",
         num_replicas=settings.engine.replicas,
         ray_actor_options={"num_cpus": settings.engine.num_cpus, "num_gpus": settings.engine.num_gpus},
+        max_ongoing_requests=MAX_CALLS,
+        request_router_config=RequestRouterConfig(request_router_class=OwnerRouter),
         health_check_period_s=1.0,
         health_check_timeout_s=5.0,
         graceful_shutdown_timeout_s=8.0,
@@ -240,7 +306,11 @@ def _door(gateway: Any) -> Any:
 
 
 class Service:
-    """A running service on this machine: `url` for its users, `store_url` for those who look behind."""
+    """A running service on this machine: `url` and `grpc` for its users, `store_url` for those who look behind.
+
+    grpc: HOST:PORT; None when that door is shut. admin_token_file: where a token that may do everything is; None when
+    none is wanted, or it was brought along.
+    """
 
     def __init__(self, settings: Settings) -> None:
         host = settings.server.host
@@ -248,11 +318,22 @@ class Service:
         with listen(host, settings.server.port) as listener:  # and so is a port that is taken
             port = int(listener.getsockname()[1])
         self.url = f"http://{shown_host(host)}:{port}"
+        self.grpc = None
+        if settings.server.grpc_port is not None:
+            with listen(host, settings.server.grpc_port, "--grpc-port") as listener:
+                grpc_port = int(listener.getsockname()[1])
+            self.grpc = f"{shown_host(host)}:{grpc_port}"
+            server = settings.server.model_copy(update={"grpc_port": grpc_port})
+            settings = settings.model_copy(update={"server": server})
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            if settings.store.url is None:
-                settings = settings.model_copy(update={"store": _embedded_store(settings.store, stack)})
+            store = with_key(settings.store)
+            if store.url is None:
+                store = _embedded_store(store, stack)
+            settings = settings.model_copy(update={"store": store})
             self.settings = settings
+            with contextlib.closing(open_store(settings.store)) as opened:
+                self.admin_token_file = first_admin_token(opened, settings)
             self._start_ray(settings, stack, port)
             self._stack = stack.pop_all()
 
@@ -276,6 +357,10 @@ class Service:
     def _start_ray(self, settings: Settings, stack: contextlib.ExitStack, port: int) -> None:
         cpus = max(LEAST_CPUS, int(settings.engine.replicas * settings.engine.num_cpus) + 1)
         quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+        relay = logs.Relay()
+        stack.callback(relay.stop)
+        os.environ[logs.RELAY_VARIABLE] = relay.path  # Ray's workers inherit it
+        stack.callback(os.environ.pop, logs.RELAY_VARIABLE, None)
         try:
             stack.enter_context(ray_session("local", cpus=cpus, gpus=None if settings.engine.num_gpus else 0))
             logging.getLogger("ray.serve").setLevel(logging.ERROR)

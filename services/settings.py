@@ -67,6 +67,9 @@ class AuthSettings(Section):
         min_length=32,
         description="a token that may do everything; empty: the first start makes one and says where",
     )
+    viewer_token: SecretStr | None = Field(
+        None, min_length=32, description="a token that may look at everything: Prometheus's, for instance"
+    )
     session_s: float = Field(12 * 3600.0, gt=0, description="how long a login of the page lasts")
     requests_per_s: float = Field(1000.0, gt=0, description="calls a second that one caller may make for long")
     requests_burst: int = Field(2000, gt=0, description="calls that one caller may make at once")

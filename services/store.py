@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from typing_extensions import override
 
+from services.locks.vault import open_spec, seal_spec, vault_of
 from services.schemas import Lease, ReplicaInfo, StreamSpec, StreamStatus
 from services.settings import StoreSettings
 from tsm_core.errors import CallerError, WorldError
@@ -784,6 +785,9 @@ class RedisStore(StateStore):
             raise CallerError("store.url is empty: use redis://HOST:PORT", reason="invalid_settings")
         self._settings = settings
         self._prefix = settings.prefix
+        self._vault = vault_of(settings)
+        # read often and changed seldom; frozen, so one object serves all
+        self._spec = lru_cache(maxsize=4096)(partial(open_spec, vault=self._vault))
         url = settings.url.get_secret_value()
         state_url = settings.state_url.get_secret_value() if settings.state_url else url
         self._main = _client(url)
@@ -799,7 +803,7 @@ class RedisStore(StateStore):
     @override
     def put_stream(self, spec: StreamSpec, *, create: bool, before: StreamSpec | None = None) -> None:
         keys = [self._key("specs"), self._feed(("event", spec.id)), self._feed(("score", spec.id))]
-        done = self._run(PUT_STREAM, keys, [spec.id, spec.secret_json(), int(create), *_read(before)])
+        done = self._run(PUT_STREAM, keys, [spec.id, seal_spec(spec, self._vault), int(create), *_read(before)])
         if done < 0:
             raise _changed(spec.id)
         if not done:
@@ -811,13 +815,13 @@ class RedisStore(StateStore):
             raw = self._main.hget(self._key("specs"), stream_id)
         if raw is None:
             raise _not_found(stream_id)
-        return _spec(raw)
+        return self._spec(raw)
 
     @override
     def list_streams(self) -> list[StreamSpec]:
         with self._world():
             raw = self._main.hgetall(self._key("specs"))
-        return [_spec(raw[stream_id]) for stream_id in sorted(raw)]
+        return [self._spec(raw[stream_id]) for stream_id in sorted(raw)]
 
     @override
     def delete_stream(self, stream_id: str, before: StreamSpec | None = None) -> None:
@@ -853,7 +857,7 @@ class RedisStore(StateStore):
         keys = [self._key(name) for name in ("specs", "leases", "statuses", "replicas", "replicas:ends")]
         specs, leases, statuses, replicas = map(_pairs, self._run(SURVEY, keys, []))
         return Survey(
-            {stream_id: _spec(raw) for stream_id, raw in specs.items()},
+            {stream_id: self._spec(raw) for stream_id, raw in specs.items()},
             {stream_id: _lease(stream_id, raw.decode()) for stream_id, raw in leases.items()},
             {stream_id: StreamStatus.model_validate_json(raw) for stream_id, raw in statuses.items()},
             {name: ReplicaInfo.model_validate_json(raw) for name, raw in replicas.items()},
@@ -1167,12 +1171,6 @@ def _token(lease: Lease) -> str:
 def _lease(stream_id: str, token: str) -> Lease:
     epoch, _, owner = token.partition(":")
     return Lease(stream_id=stream_id, owner=owner, epoch=int(epoch))
-
-
-@lru_cache(maxsize=4096)
-def _spec(raw: bytes) -> StreamSpec:
-    """Read often and changed seldom; frozen, so one object serves all."""
-    return StreamSpec.model_validate_json(raw)
 
 
 def _dump(record: Record) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import pickle
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from services.embedded import EmbeddedValkey, bundled_server, find_server
 from services.schemas import Lease, ReplicaInfo, SourceSpec, StreamSpec, StreamStatus
@@ -32,6 +34,7 @@ from tsm_core.errors import CallerError
 SERVERS = {path.name: path for path in (bundled_server(), find_server()) if path is not None}
 PREFIXES = (f"test{n}:" for n in itertools.count())
 PASSWORD = "p@ss word/äß"
+KEY = SecretStr(base64.b64encode(bytes(32)).decode())
 
 NewStore = Callable[..., StateStore]
 
@@ -47,7 +50,7 @@ def new_store(request: pytest.FixtureRequest) -> NewStore:
         if request.param == "two-servers":
             knobs["state_url"] = server_of(find_server()).url.removesuffix("/0") + "/1"
         url = server_of(SERVERS.get(request.param) or find_server()).url
-        return open_store(StoreSettings(url=url, prefix=next(PREFIXES), **knobs))
+        return open_store(StoreSettings(url=url, prefix=next(PREFIXES), encryption_key=KEY, **knobs))
 
     return new
 
@@ -457,7 +460,7 @@ def test_address_that_cannot_be_used(url: str | None) -> None:
 
 def test_store_that_is_down_says_so_and_comes_back(tmp_path: Path) -> None:
     with EmbeddedValkey(tmp_path) as server:
-        settings = StoreSettings(url=server.url)
+        settings = StoreSettings(url=server.url, encryption_key=KEY)
         store = RedisStore(settings)
         lease = owned(store)
         store.publish(lease, status=status(), events=[{"n": 1}])

@@ -1,11 +1,13 @@
 """Idempotency-Key: a request that is sent again is carried out once."""
 
+import base64
 import threading
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from fastapi import Request, Response
+from pydantic import SecretStr
 
 from services.http import idempotency
 from services.http.idempotency import KIND, KeyInFlight, Once
@@ -15,11 +17,12 @@ from services.store import RedisStore
 from tests.unit.services.http_kit import CANARY, MODELS, serving
 
 CAMERA = {"source": {"uri": "rtsp://127.0.0.1:9/cam", "username": "eye", "password": CANARY}}
+KEY = SecretStr(base64.b64encode(bytes(32)).decode())
 
 
 @pytest.fixture
 def manager(valkey_url: str, request: pytest.FixtureRequest) -> Iterator[StreamManager]:
-    store = RedisStore(StoreSettings(url=valkey_url, prefix=f"{request.node.name}:"))
+    store = RedisStore(StoreSettings(url=valkey_url, prefix=f"{request.node.name}:", encryption_key=KEY))
     yield StreamManager(store, Settings(), models=MODELS)
     store.close()
 
