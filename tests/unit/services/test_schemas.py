@@ -44,11 +44,9 @@ def test_what_is_no_address_is_refused_without_repeating_it(uri: str, says: str)
     assert all("zap" not in error["msg"] for error in refused.value.errors())
 
 
-def test_only_the_store_sees_the_password():
+def test_the_password_is_not_shown():
     spec = StreamSpec.model_validate({"id": "door", "source": {"uri": "rtsp://me:canary@cam/live"}})
     assert "canary" not in repr(spec) + str(spec) + spec.model_dump_json()
-    assert StreamSpec.model_validate_json(spec.secret_json()) == spec
-    assert json.loads(spec.secret_json())["source"]["password"] == "canary"
 
 
 @pytest.mark.parametrize("stream_id", ["", "-a", "a b", "a/b", "a" * 64, "ü"])

@@ -1,4 +1,3 @@
-import json
 import re
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def test_options_survive_the_registry():
     looks = {"name": "motion9", "where": {"objects_of": "eyes", "labels": ["cat"], "margin": 0.2}}
     part = {"name": "other", "where": {"region": "left", "box": [0, 0, 0.5, 1]}}
     spec = StreamSpec.model_validate({**stream, "models": [looks, part, DETECTOR]})
-    again = StreamSpec.model_validate(json.loads(spec.secret_json()))
+    again = StreamSpec.model_validate_json(spec.model_dump_json())
     assert again == spec
     assert again.models[0].of_objects == ObjectsOf(objects_of="eyes", labels=("cat",), margin=0.2)
 
