@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from services.inference import (
 )
 from services.locks.callers import Caller, Forbidden
 from services.tensors import Array
+from services.tracing import current_traceparent
 
 SERVER = "tsm-live"
 EXTENSIONS = (
@@ -43,6 +45,9 @@ EXTENSIONS = (
 MAX_SEQUENCE_ID = 2**64 - 1
 MAX_SEQUENCE_ID_BYTES = 128
 MAX_TIMEOUT_S = 3600.0
+SMALL_BYTES = 64 << 10  # reading and writing so much takes less than going to a thread and back, or hardly more
+
+Result = TypeVar("Result")
 
 
 class ModelNotFound(UnknownModel):
@@ -71,6 +76,11 @@ class Call:
     def sequence_id(self) -> str:
         """The sequence it belongs to; empty: none. Raises BadInput."""
         return read_sequence_id(self.parameters)
+
+
+async def off_loop(nbytes: int, work: Callable[..., Result], *args: Any) -> Result:
+    """What the work gives; so many bytes of it that others would wait are worked on in a thread."""
+    return work(*args) if nbytes <= SMALL_BYTES else await asyncio.to_thread(work, *args)
 
 
 @contextlib.contextmanager
@@ -113,7 +123,7 @@ async def infer(inference: Inference, call: Call, caller: Caller | None = None, 
         sequence=sequence,
         timestamp_s=timestamp_s,
         outputs=wanted or None,
-        trace=trace,
+        trace=current_traceparent() or trace,
         **({} if timeout_s is None else {"timeout_s": timeout_s}),
     )
     with model_in_address():
@@ -143,8 +153,13 @@ def best_classes(rows: Array, count: int, labels: Sequence[str]) -> Array:
     best = np.argsort(-rows, axis=1, kind="stable")[:, :count]
     texts = np.empty(best.shape, np.object_)
     for at, index in np.ndenumerate(best):
-        texts[at] = f"{rows[at[0], index]:f}:{index}:{labels[index]}".encode()
+        texts[at] = f"{rows[at[0], index]:f}:{index}:{labels[int(index)]}".encode()
     return texts
+
+
+def size_of(reply: InferReply) -> int:
+    """Bytes of the reply's tensors, without what BYTES hold."""
+    return sum(array.nbytes for array in reply.outputs.values())
 
 
 # ---- parameters

@@ -73,7 +73,7 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], data: bytes | memor
             f"input {name!r} came with {len(data)} bytes; {datatype} {list(shape)} has {count * dtype.itemsize}"
         )
     if dtype.kind == "b":
-        return (np.frombuffer(data, np.uint8) != 0).reshape(shape)
+        return np.not_equal(np.frombuffer(data, np.uint8), 0).reshape(shape)
     return _finite(name, np.frombuffer(data, dtype)).reshape(shape)
 
 
@@ -148,7 +148,8 @@ def _finite(name: str, array: Array) -> Array:
 
 
 def _split(name: str, data: bytes | memoryview) -> list[bytes]:
-    elements, at = [], 0
+    elements: list[bytes] = []
+    at = 0
     while at < len(data):
         begin = at + LENGTH.size
         end = begin + LENGTH.unpack_from(data, at)[0] if begin <= len(data) else begin

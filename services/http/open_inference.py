@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -419,10 +418,11 @@ def _model_routes(
         def read() -> tuple[oip.Call, Callable[[str], bool]]:
             return read_request(at.model, at.version, inflate(body, encoding, max_bytes), json_length)
 
-        call, binary = await run_in_threadpool(read)
+        call, binary = await oip.off_loop(max_bytes if encoding else len(body), read)
         caller: Caller = request.state.caller
         reply = await oip.infer(inference, call, caller, traceparent)
-        return await run_in_threadpool(_respond, call, reply, binary, request.headers.get("accept-encoding", ""))
+        accepted = request.headers.get("accept-encoding", "")
+        return await oip.off_loop(oip.size_of(reply), _respond, call, reply, binary, accepted)
 
 
 def _respond(call: oip.Call, reply: InferReply, binary: Callable[[str], bool], accepted: str) -> Response:

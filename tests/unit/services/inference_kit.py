@@ -140,10 +140,14 @@ def _colours(inputs: dict[str, Any]) -> np.ndarray:
     if len(inputs) != 1:
         raise BadInput(f"one input is needed, got {len(inputs)}")
     ((name, array),) = inputs.items()
-    if name == "image" and array.dtype == object:
-        array = np.stack([np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in array])
-    if array.dtype == np.uint8 and array.ndim == 4:
-        return (array.mean((1, 2)) / 255).astype("f4")
-    if array.dtype == np.float32 and array.ndim == 4:
-        return array.mean((2, 3), dtype="f4")
+    if name == "image" and array.dtype == object and array.ndim == 1 and array.size:
+        try:
+            array = np.stack([np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in array])
+        except OSError:
+            raise BadInput(f"input {name!r} is no picture") from None
+    if array.size and array.ndim == 4:
+        if array.dtype == np.uint8 and array.shape[3] == 3:
+            return (array.mean((1, 2)) / 255).astype("f4")
+        if array.dtype == np.float32 and array.shape[1] == 3:
+            return array.mean((2, 3), dtype="f8").astype("f4")
     raise BadInput(f"input {name!r} is {array.dtype} {list(array.shape)}")
