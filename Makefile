@@ -25,6 +25,8 @@ $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.run
 	@echo "installing the test tools into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@# alone: it asks for protobuf < 7, and runs with what is there
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps tritonclient
 	@touch $@
 
 demo: $(VENV)/.run
