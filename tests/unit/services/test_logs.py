@@ -16,7 +16,7 @@ from services.tracing import request_span
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
 STORE = SecretStr("redis://:st0re-pa55@127.0.0.1:6379/0")
-NAMES = ("", "ray", "ray.serve")
+NAMES = ("", "ray", "ray.serve", "uvicorn", "uvicorn.error")
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +99,10 @@ def test_no_secret_comes_out_whoever_logs_it(capsys, how, message, args):
 def test_what_uvicorn_and_ray_say_comes_out_once(capsys):
     ray = logging.getLogger("ray.serve")
     ray.propagate = False  # as Ray has it
+    uvicorn = logging.getLogger("uvicorn")
+    uvicorn.propagate = True  # as it is without a configuration of its own
+    uvicorn.setLevel(logging.NOTSET)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     set_up(settings("json"), "gateway-1")
     set_up(settings("json"), "gateway-1")
     ray.error("from ray")
