@@ -1,6 +1,8 @@
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.telemetry import EngineFigures, StreamFigures, Telemetry, merge
+from services.store import MemoryStore
+from services.telemetry import DROPPED, OTHER, STATES, DoorTelemetry, EngineFigures, StreamFigures, Telemetry, merge
+from tests.unit.services.engine_kit import give, picture, processed, running, spec, wait
 
 
 def figures(*streams: str) -> EngineFigures:
@@ -74,3 +76,87 @@ def test_merging_keeps_every_sample_under_its_replica_and_each_family_once():
 def test_merging_nothing_gives_an_empty_exposition():
     assert samples(merge({})) == {}
     assert samples(merge({"r1": ""})) == {}
+
+
+def labels_of(text: str) -> set[str]:
+    return {value for (_, labels), _ in samples(text).items() for name, value in labels if name == "stream"}
+
+
+def test_streams_beyond_the_limit_share_one_label_and_nothing_is_lost_of_the_sums():
+    streams = [f"cam-{number}" for number in range(500)]
+    telemetry = Telemetry(lambda: figures(*streams), stream_labels=10)
+    for name in streams:
+        telemetry.published(name, 0.02)
+    found = samples(telemetry.text())
+    assert labels_of(telemetry.text()) == {*streams[:10], OTHER}
+    assert found["stream_frame_counter_total", (("stream", OTHER),)] == 490 * 7
+    assert found["stream_latency_seconds_count", (("stream", OTHER),)] == 490
+    assert found["stream_state", (("state", "RUNNING"), ("stream", OTHER))] == 490
+    assert found["stream_fps", (("stream", OTHER),)] == 490 * 15
+    assert found["num_streams_running", ()] == 500
+
+
+def test_a_label_that_is_given_up_goes_to_another_stream():
+    streams = ["a", "b", "c"]
+    telemetry = Telemetry(lambda: figures(*streams), stream_labels=2)
+    assert labels_of(telemetry.text()) == {"a", "b", OTHER}
+    streams.remove("a")
+    telemetry.forget("a")
+    assert labels_of(telemetry.text()) == {"b", "c"}
+
+
+def test_whatever_a_thousand_callers_do_the_number_of_series_stays():
+    door = DoorTelemetry("gateway")
+    for number in range(1000):
+        door.http(f"METHOD{number}", None, 404, 0.1)
+        door.grpc(None, "UNIMPLEMENTED", 0.1)
+    found = [key for key in samples(door.text()) if key[0] in ("http_requests_total", "grpc_requests_total")]
+    assert len(found) == 2
+
+
+def test_what_did_not_happen_is_zero_from_the_beginning():
+    row = StreamFigures("door", "STARTING", 0.0, 0, 0, {}, {}, None)
+    telemetry = Telemetry(lambda: EngineFigures(streams=(row,), models=("motion9",)))
+    telemetry.models(["motion9"])
+    found = samples(telemetry.text())
+    zeros = {
+        "stream_frames_dropped_total": [(("reason", reason), ("stream", "door")) for reason in DROPPED],
+        "stream_reconnects_total": [(("error_code", "STREAM_STALLED"), ("stream", "door"))],
+        "stream_stalls_total": [(("stream", "door"),)],
+        "rtsp_inbound_rtp_packets_lost_total": [(("stream", "door"),)],
+        "inbound_frames_in_error_total": [(("stream", "door"),)],
+        "inference_request_failure_total": [(("model", "motion9"), ("reason", "step_failed"))],
+        "store_errors_total": [(("verb", "save"),)],
+        "publish_lost_total": [(("kind", "event"),)],
+        "stream_migrations_total": [()],
+        "num_preemptions_total": [()],
+        "state_restores_total": [(("mode", "checkpoint"),)],
+    }
+    assert {(name, labels): found[name, labels] for name in zeros for labels in zeros[name]} == {
+        (name, labels): 0 for name in zeros for labels in zeros[name]
+    }
+    assert [labels for name, labels in found if name == "stream_state" and found[name, labels]] == [
+        (("state", "STARTING"), ("stream", "door"))
+    ]
+    assert sum(name == "stream_state" for name, _ in found) == len(STATES)
+
+
+def test_an_engine_tells_each_stage_and_a_stream_that_moves():
+    store = MemoryStore()
+    with running(store, "r1") as (first, cameras):
+        give(store, first, spec("door"))
+        for number in range(3):
+            cameras["door"].feed(picture("door", number))
+            wait(lambda number=number: processed(first, "door") == number + 1)
+        wait(lambda: len(store.scores("door")) == 3)
+        with running(store, "r2") as (second, _):
+            give(store, second, spec("door"))
+            wait(lambda: "door" not in first.sessions)
+            left, came = samples(first.telemetry.text()), samples(second.telemetry.text())
+    stages = {
+        dict(labels)["stage"] for (name, labels), n in left.items() if name == "stage_duration_seconds_count" and n
+    }
+    assert stages == {"queue", "preprocess", "infer", "track", "publish"}
+    assert (left["num_preemptions_total", ()], left["stream_migrations_total", ()]) == (1, 0)
+    assert (came["num_preemptions_total", ()], came["stream_migrations_total", ()]) == (0, 1)
+    assert came["model_loaded", (("model", "motion9"),)] == 1
