@@ -28,7 +28,9 @@ from services.http.problems import status_of
 from services.locks.callers import Caller, Locks
 from services.locks.tokens import Role
 from services.ports import PortTaken, bracketed
+from services.rpc.observe import observed
 from services.store import StreamExists
+from services.telemetry import DoorTelemetry
 from tsm_core.errors import CallerError, TSMError
 
 log = logging.getLogger(__name__)
@@ -86,21 +88,25 @@ class RpcService:
         """The least role for a method."""
         return self.roles.get(method, "admin")
 
-    def guarded(self, locks: Locks) -> dict[str, Callable[[Any, Any], Any]]:
+    def guarded(self, locks: Locks, telemetry: DoorTelemetry | None = None) -> dict[str, Callable[[Any, Any], Any]]:
         """By method: what it does with a request, a message or its bytes, and gRPC's context, behind the locks."""
-        return {method.name: self._guarded(method, locks) for method in self.descriptor.methods}
+        return {method.name: self._guarded(method, locks, telemetry) for method in self.descriptor.methods}
 
-    def handlers(self, locks: Locks) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    def handlers(
+        self, locks: Locks, telemetry: DoorTelemetry | None = None
+    ) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """By method: its handler for grpc.aio. Requests are read only once their caller is known."""
         found = {}
         for method in self.descriptor.methods:
             kinds = ("stream" if streams else "unary" for streams in (method.client_streaming, method.server_streaming))
             handler = getattr(grpc, f"{'_'.join(kinds)}_rpc_method_handler")
             serializer = message_factory.GetMessageClass(method.output_type).SerializeToString
-            found[method.name] = handler(self._guarded(method, locks), response_serializer=serializer)
+            found[method.name] = handler(self._guarded(method, locks, telemetry), response_serializer=serializer)
         return found
 
-    def _guarded(self, method: MethodDescriptor, locks: Locks) -> Callable[[Any, Any], Any]:
+    def _guarded(
+        self, method: MethodDescriptor, locks: Locks, telemetry: DoorTelemetry | None
+    ) -> Callable[[Any, Any], Any]:
         behaviour, role = getattr(self.servicer, method.name), self.role(method.name)
         kind = message_factory.GetMessageClass(method.input_type)
         answer = message_factory.GetMessageClass(method.output_type)
@@ -132,7 +138,9 @@ class RpcService:
                 await refuse(context, error)
                 raise
 
-        return stream if method.server_streaming else unary
+        made = stream if method.server_streaming else unary
+        name = f"/{self.descriptor.full_name}/{method.name}"
+        return made if telemetry is None else observed(made, name, telemetry, streams=method.server_streaming)
 
 
 async def admit(locks: Locks, role: Role, context: Any) -> Call:
@@ -223,7 +231,11 @@ class GrpcDoor:
         *,
         with_reflection: bool = False,
         max_message_bytes: int = 4 << 20,
+        telemetry: DoorTelemetry | None = None,
     ) -> None:
+        self._telemetry = telemetry
+        if telemetry is not None:
+            telemetry.calls(f"/{one.descriptor.full_name}/{m.name}" for one in services for m in one.descriptor.methods)
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(THREADS, "grpc-call"))
         self._thread = threading.Thread(target=self._run, name="grpc", daemon=True)
@@ -270,7 +282,7 @@ class GrpcDoor:
         for service in services:
             name = service.descriptor.full_name
             self._server.add_generic_rpc_handlers(
-                (grpc.method_handlers_generic_handler(name, service.handlers(locks)),)
+                (grpc.method_handlers_generic_handler(name, service.handlers(locks, self._telemetry)),)
             )
         names = [service.descriptor.full_name for service in services]
         self._health = health.aio.HealthServicer()
