@@ -44,8 +44,10 @@ def plan(
     """The next step towards every enabled stream on a live replica; the same answer for the same facts.
 
     Streams in `ended` need no place any more. A stream without a live owner goes to the replica with most free slots.
-    When all have their place, one stream moves between two `settled` replicas whose free slots differ by two or more.
+    When all have their place, one stream moves between two `settled` replicas whose free slots differ by two or more;
+    it loses the frames since its last save, so a sequence, whose frames are counted, never does.
     """
+    specs = list(specs)
     live = {replica.id: replica for replica in replicas}
     wanted = sorted(spec.id for spec in specs if spec.enabled and spec.id not in ended)
     held = {stream_id: leases[stream_id].owner for stream_id in wanted if stream_id in leases}
@@ -69,7 +71,8 @@ def plan(
     if not assign and not waiting and movable:
         fullest = min(movable, key=lambda name: movable[name])
         emptiest = max(movable, key=lambda name: movable[name])
-        theirs = [stream_id for stream_id, owner in held.items() if owner == fullest]
+        pushed = {spec.id for spec in specs if spec.source.is_pushed}
+        theirs = [stream_id for stream_id, owner in held.items() if owner == fullest and stream_id not in pushed]
         if theirs and movable[emptiest] - movable[fullest] >= 2:
             assign[theirs[-1]] = emptiest
     return Plan(assign, tuple(sorted(unassign)), waiting)
@@ -190,6 +193,7 @@ class Controller:
                     lease.epoch,
                     replica_id,
                     before.owner if before else "none",
+                    extra={"stream": stream_id},
                 )
         for stream_id, (code, why) in step.waiting.items():
             self._announce(
