@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs the system packages that tests drive as real parts: a Redis server, ffmpeg, Chromium and mosquitto.
+# Installs the system packages that tests drive as real parts: a Redis server, ffmpeg, Chromium, mosquitto and Prometheus.
 # Without the right to install, says exactly what to install; the tests that need a missing part are skipped with a reason.
 set -u
 missing=()
 command -v redis-server >/dev/null || command -v valkey-server >/dev/null || missing+=(redis-server)
 command -v ffmpeg >/dev/null || missing+=(ffmpeg)
 command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || missing+=(mosquitto)
+command -v prometheus >/dev/null || missing+=(prometheus)
 command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || missing+=(chromium)
 [ ${#missing[@]} -eq 0 ] && exit 0
 if ! command -v apt-get >/dev/null; then
