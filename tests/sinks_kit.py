@@ -148,8 +148,8 @@ class Mosquitto:
             f"listener {self.port} 127.0.0.1",
             "persistence true",
             f"persistence_location {folder}/",
-            "max_inflight_messages 0",  # a subscriber gets all at once: what waits would die with the broker
             "max_queued_messages 0",
+            "queue_qos0_messages true",
             "user root",
             *options,
         ]
@@ -182,7 +182,11 @@ class Mosquitto:
 
 
 class Listener:
-    """A subscriber whose session the broker keeps; what it got, in order."""
+    """A subscriber whose session the broker keeps; what it got, in order.
+
+    It acknowledges nothing (QoS 0): an acknowledgement that fails as the broker dies would make it throw away what it
+    has received and not yet read.
+    """
 
     def __init__(self, broker: Mosquitto, topics: str = "#", username: str = "", password: str = "") -> None:
         self.messages: list[paho.MQTTMessage] = []
@@ -203,7 +207,7 @@ class Listener:
 
     def _on_connect(self, client: paho.Client, _: Any, flags: Any, *__: Any) -> None:
         if not flags.session_present:
-            client.subscribe(self._topics, qos=1)
+            client.subscribe(self._topics, qos=0)
 
     @property
     def events(self) -> list[dict[str, Any]]:

@@ -141,11 +141,13 @@ class Courier:
         self._redeliver()
         parcels = list(self._collect(feeds))
         chunk: list[Parcel] = []
+        wanted = 0
         for parcel in parcels:
             chunk.append(parcel)
-            if sum(one.wanted for one in chunk) >= self.sink.batch:
+            wanted += parcel.wanted
+            if wanted >= self.sink.batch:
                 self._deliver(chunk)
-                chunk = []
+                chunk, wanted = [], 0
                 if self._stopping.is_set() or not self._leads():
                     break
         else:

@@ -51,6 +51,8 @@ class MqttSink(Sink):
         self._url = urlsplit(settings.url)
         self._password = _password(settings)
         self._tls = _tls(settings) if self._url.scheme == "mqtts" else None
+        self._event_properties = _properties(PacketTypes.PUBLISH)
+        self._event_properties.ContentType = "application/cloudevents+json; charset=utf-8"
         self._client: paho.Client | None = None
         self._changed = threading.Condition()
         self._connected = False
@@ -186,9 +188,7 @@ class MqttSink(Sink):
     def _publish(self, client: paho.Client, topic: str, payload: bytes) -> int:
         """The number of the message, which paho sends now or once it is connected."""
         event = topic == self._topic("events")
-        properties = _properties(PacketTypes.PUBLISH)
-        if event:
-            properties.ContentType = "application/cloudevents+json; charset=utf-8"
+        properties = self._event_properties if event else None
         return client.publish(topic, payload, qos=1, retain=not event, properties=properties).mid
 
     def _connection(self) -> paho.Client:

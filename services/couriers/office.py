@@ -64,7 +64,8 @@ class Couriers:
             return StreamManager(store, settings, models=()).service_stats().model_dump(mode="json")
 
         found: list[Any] = [
-            (WebhookSink(webhook, settings.webhooks.timeout_s), webhook) for webhook in settings.webhooks.sinks
+            (WebhookSink(webhook, settings.webhooks.timeout_s, settings.webhooks.networks), webhook)
+            for webhook in settings.webhooks.sinks
         ]
         if settings.mqtt.url is not None:
             found.append((MqttSink(settings.mqtt, stats), settings.mqtt))

@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from pipelines.addresses import NETWORKS, AddressNotAllowed, AddressNotFound, Network
 from services.couriers.sink import Event, EventRefused, Memo, Sink, SinkUnavailable, encode, structured
+from services.outbound import JudgedTransport
 from services.settings import SettingsError, WebhookSettings
 
 PREFIX = "whsec_"
@@ -27,15 +29,16 @@ class WebhookSink(Sink):
     """One receiver. A batch of one is a CloudEvent in structured mode, a larger one is in batch mode.
 
     The answer decides: 2xx is taken; 408, 425, 429 and 5xx mean later; anything else, redirects included, is a
-    refusal. Raises SettingsError when a secret cannot be used.
+    refusal. Only addresses in `networks` are reached. Raises SettingsError when a secret cannot be used.
     """
 
-    def __init__(self, settings: WebhookSettings, timeout_s: float) -> None:
+    def __init__(self, settings: WebhookSettings, timeout_s: float, networks: Sequence[Network] = NETWORKS) -> None:
         self.name = settings.name
         self.batch = settings.batch
         self._url = settings.url.get_secret_value()
         self._keys = signing_keys(settings)
         self._timeout_s = timeout_s
+        self._networks = networks
         self._client: httpx.Client | None = None
 
     def deliver(self, events: Sequence[Event]) -> None:
@@ -65,8 +68,8 @@ class WebhookSink(Sink):
         """Status and Retry-After of the answer, whose text is read only to use the connection again."""
         if self._client is None:
             self._client = httpx.Client(
+                transport=JudgedTransport(self._networks),
                 timeout=self._timeout_s,
-                trust_env=False,
                 follow_redirects=False,
                 headers={"User-Agent": "tsm-live", "Accept": "*/*"},
             )
@@ -79,6 +82,8 @@ class WebhookSink(Sink):
                     if size > ANSWER_BYTES or time.monotonic() > until:
                         break
                 return answer.status_code, answer.headers.get("retry-after", "")
+        except (AddressNotAllowed, AddressNotFound) as error:
+            raise SinkUnavailable(f"{error} (webhooks.networks)") from None
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise SinkUnavailable(f"{self.target} does not answer: {type(error).__name__}") from None
 

@@ -68,7 +68,7 @@ class ByWebhook:
 
     def knobs(self, **only: Any) -> dict[str, Any]:
         sink = {"name": "hook", "url": self.receiver.url, "secrets": [self.secret], "batch": self._batch, **only}
-        return {"webhooks": {"sinks": [sink], "timeout_s": 2.0}}
+        return {"webhooks": {"sinks": [sink], "timeout_s": 2.0, "networks": ["loopback"]}}
 
     def start(self) -> None:
         self.receiver.start()
