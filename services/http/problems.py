@@ -20,10 +20,11 @@ from services.couriers.office import SinkNotFound
 from services.event_query import EventNotFound
 from services.http.idempotency import KeyInFlight
 from services.inference import ModelBusy, ModelInUse, RequestTimeout, SequenceBusy, UnknownSequence
+from services.jobs import JobNotFound, JobsFull, NoResult, UnsupportedBody, UploadLost, UploadTooLarge
 from services.locks.callers import BadToken, CrossOrigin, Forbidden, NoToken, WrongHost
 from services.locks.limits import TooManyFeeds, TooManyRequests
 from services.locks.tokens import TokenExists, TokenNotFound
-from services.manager import NoCapacity, NoPicture
+from services.manager import NoCapacity, NoPicture, NotServed
 from services.oip import ModelNotFound
 from services.store import StreamChanged, StreamExists, StreamNotFound
 from tsm_core.errors import CallerError, TSMError, WorldError
@@ -54,6 +55,13 @@ STATUS: dict[type[TSMError], int] = {
     StreamNotFound: 404,
     NoPicture: 404,
     EventNotFound: 404,
+    JobNotFound: 404,
+    NoResult: 404,
+    UploadLost: 409,
+    UploadTooLarge: 413,
+    UnsupportedBody: 415,
+    JobsFull: 429,
+    NotServed: 409,
     SinkNotFound: 404,
     StreamExists: 409,
     NoToken: 401,

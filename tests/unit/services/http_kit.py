@@ -11,6 +11,7 @@ import uvicorn
 
 from services.http.app import http_app
 from services.inference import Inference
+from services.jobs import JobsDoor
 from services.manager import ServedModel, StreamManager
 
 CANARY = "c4n4ry-pa55"
@@ -18,10 +19,12 @@ MODELS = (ServedModel(name="motion9", labels=("left", "right"), mode="step", inp
 
 
 @contextlib.contextmanager
-def serving(manager: StreamManager, inference: Inference | None = None) -> Iterator[str]:
+def serving(
+    manager: StreamManager, inference: Inference | None = None, jobs: JobsDoor | None = None
+) -> Iterator[str]:
     """The application behind a real server: its feeds are streams, which no test client passes on as they come."""
     config = uvicorn.Config(
-        http_app(manager, inference=inference),
+        http_app(manager, inference=inference, jobs=jobs),
         host="127.0.0.1",
         port=0,
         log_level="critical",
