@@ -18,7 +18,10 @@ import typer
 import yaml
 from typer.core import TyperGroup
 
+from services.cli_tokens import tokens_app
 from services.cli_zoo import PASSED_ON, data_app, evaluate, model_folders, models_app, recipes_app, train
+from services.logs import set_up
+from services.remote import LOCAL, Json, RemoteRefusal, Server, ask, check, read_token, unreachable, with_token
 from services.settings import load_settings
 from services.tables import print_table
 from tsm_core.checkpoints import load_model
@@ -27,21 +30,6 @@ from tsm_core.types import ObjectEvent
 from tsm_core.zoo import find_model
 
 EXIT_CALLER, EXIT_WORLD, EXIT_INTERRUPTED = 2, 3, 130
-PROBE_WAIT_S = 30.0
-
-
-class RemoteRefusal(CallerError):
-    """The service refused the request; `reason` is the service's."""
-
-
-class RemoteTrouble(WorldError):
-    """The service could not do it now; `reason` is the service's."""
-
-
-class NoServer(WorldError):
-    """Nothing answers at the service's address."""
-
-    reason = "server_unreachable"
 
 
 class NothingToChange(CallerError):
@@ -85,14 +73,13 @@ streams_app = typer.Typer(no_args_is_help=True, help="Streams of a running servi
 events_app = typer.Typer(no_args_is_help=True, help="Events of a running service.")
 app.add_typer(streams_app, name="streams")
 app.add_typer(events_app, name="events")
+app.add_typer(tokens_app, name="tokens")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.command("evaluate")(evaluate)
 app.command("train", context_settings=PASSED_ON, add_help_option=False)(train)
 
-Server = Annotated[str, typer.Option("--server", envvar="TSM_SERVER", help="address of the service")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 StreamArg = Annotated[str, typer.Argument(metavar="ID", help="id of the stream")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="tsm.yaml to read")]
 UriOption = Annotated[str, typer.Option("--uri", help="rtsp://, rtsps:// or file:// address")]
@@ -104,12 +91,20 @@ ModelsFile = Annotated[
 ]
 PasswordStdin = Annotated[bool, typer.Option("--password-stdin", help="read the camera's password from stdin")]
 Transport = Annotated[str, typer.Option("--transport", help="tcp or udp")]
-LOCAL = "http://127.0.0.1:8000"
 
 
 def main() -> None:
     """Entry point of the `tsm` command."""
     app()
+
+
+@app.callback()
+def root(
+    token_file: Annotated[Path | None, typer.Option("--token-file", help="file with the token; else TSM_TOKEN")] = None,
+) -> None:
+    """Live video analytics: streams in, actions out."""
+    if token_file is not None:
+        os.environ["TSM_TOKEN"] = read_token(token_file)
 
 
 # the service
@@ -119,12 +114,14 @@ def main() -> None:
 def serve(
     host: Annotated[str | None, typer.Option(help="address to listen on; default 127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC port; 0 takes a free one")] = None,
     config: ConfigFile = None,
 ) -> None:
     """Serve streams until SIGINT or SIGTERM."""
-    overrides = {name: value for name, value in (("server.host", host), ("server.port", port)) if value is not None}
-    settings = load_settings(config, overrides)
+    given = {"server.host": host, "server.port": port, "server.grpc_port": grpc_port}
+    settings = load_settings(config, {name: value for name, value in given.items() if value is not None})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    set_up(settings, "service")
     from services.app import run_service
 
     try:
@@ -132,7 +129,10 @@ def serve(
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     try:
-        typer.echo(f"tsm-live serves {service.url} (page, API and metrics); Ctrl-C ends it")
+        also = f" and gRPC on {service.grpc}" if service.grpc else ""
+        typer.echo(f"tsm-live serves {service.url} (page, API and metrics){also}; Ctrl-C ends it")
+        if service.admin_token_file is not None:
+            typer.echo(f"it wants a token of its callers; an admin's is in {service.admin_token_file}")
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -147,12 +147,14 @@ def serve(
 def demo(
     seconds: Annotated[float | None, typer.Option(help="end after so long with a score; default: until Ctrl-C")] = None,
     port: Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC port; 0 takes a free one")] = None,
     config: ConfigFile = None,
 ) -> None:
     """Serve simulated cameras, show their events, and score the results in a last line of JSON."""
     from services.demo import last_line, run
 
-    settings = load_settings(config, {} if port is None else {"server.port": port})
+    given = {"server.port": port, "server.grpc_port": grpc_port}
+    settings = load_settings(config, {name: value for name, value in given.items() if value is not None})
     typer.echo(last_line(run(settings, seconds, typer.echo)))
 
 
@@ -240,21 +242,27 @@ def add_stream(
     if max_fps is not None:
         body["max_fps"] = max_fps
     began = time.monotonic()
-    view = _ask(server, "POST", "/v1/streams", json=body, params={"probe": str(not no_probe).lower()})
+    view = ask(server, "POST", "/v1/streams", json=body, params={"probe": str(not no_probe).lower()})
     while wait and view["status"]["state"] not in ("RUNNING", "ENDED"):
         status = view["status"]
         if status["state"] == "FAILED" or time.monotonic() - began > wait_s:
             said = f": {status['status_message']}" if status["status_message"] else ""
             raise NotRunning(f"stream {view['id']!r} is {status['state']} after {time.monotonic() - began:.1f} s{said}")
         time.sleep(0.1)
-        view = _ask(server, "GET", _path(view["id"]))
+        view = ask(server, "GET", _path(view["id"]))
     _show(view, as_json, f"{view['id']}  {view['status']['state']}  {view['source']['uri']}")
 
 
 @streams_app.command("list")
-def list_streams(as_json: Json = False, server: Server = LOCAL) -> None:
-    """All streams."""
-    found = _ask(server, "GET", "/v1/streams")["streams"]
+def list_streams(
+    state: Annotated[list[str] | None, typer.Option(help="only in this state; again for more of them")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="only with this tag, key:value; again for more of them")] = None,
+    as_json: Json = False,
+    server: Server = LOCAL,
+) -> None:
+    """All streams, or those in a state or with a tag."""
+    params = {"state": [name.upper() for name in state or ()], "tag": tag or []}
+    found = list(_pages(server, "/v1/streams", "streams", params, 0))
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -265,7 +273,7 @@ def list_streams(as_json: Json = False, server: Server = LOCAL) -> None:
 @streams_app.command("get")
 def get_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
     """One stream: what should be, and what is."""
-    view = _ask(server, "GET", _path(stream_id))
+    view = ask(server, "GET", _path(stream_id))
     if as_json:
         typer.echo(json.dumps(view))
         return
@@ -300,28 +308,49 @@ def update_stream(
     body = {key: value for key, value in changes.items() if value is not None}
     if not body:
         raise NothingToChange("nothing to change: name at least one of --name --uri --model --models --max-fps")
-    view = _ask(server, "PATCH", _path(stream_id), json=body, params={"probe": str(not no_probe).lower()})
+    view = ask(server, "PATCH", _path(stream_id), json=body, params={"probe": str(not no_probe).lower()})
     _show(view, as_json, f"{view['id']}  {view['status']['state']}  {view['source']['uri']}")
 
 
 @streams_app.command("remove")
 def remove_stream(stream_id: StreamArg, server: Server = LOCAL) -> None:
     """Forget a stream."""
-    _ask(server, "DELETE", _path(stream_id))
+    ask(server, "DELETE", _path(stream_id))
     typer.echo(f"{stream_id}  removed")
 
 
 @streams_app.command("start")
 def start_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
     """Serve a stopped stream again."""
-    view = _ask(server, "POST", _path(stream_id, "/start"))
+    view = ask(server, "POST", _path(stream_id, "/start"))
     _show(view, as_json, f"{stream_id}  {view['status']['state']}")
 
 
 @streams_app.command("stop")
 def stop_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
     """Stop serving a stream; it stays registered."""
-    view = _ask(server, "POST", _path(stream_id, "/stop"))
+    view = ask(server, "POST", _path(stream_id, "/stop"))
+    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+
+
+@streams_app.command("pause")
+def pause_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
+    """Close a stream's source; it keeps its place and its shift state."""
+    view = ask(server, "POST", _path(stream_id, "/pause"))
+    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+
+
+@streams_app.command("resume")
+def resume_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
+    """Open a paused stream's source again."""
+    view = ask(server, "POST", _path(stream_id, "/resume"))
+    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+
+
+@streams_app.command("restart")
+def restart_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
+    """Close a stream's source and open it anew."""
+    view = ask(server, "POST", _path(stream_id, "/restart"))
     _show(view, as_json, f"{stream_id}  {view['status']['state']}")
 
 
@@ -336,7 +365,7 @@ def watch_stream(
     """Print a stream's status again and again."""
     lines = 0
     while True:
-        status = _ask(server, "GET", _path(stream_id, "/status"))
+        status = ask(server, "GET", _path(stream_id, "/status"))
         if as_json:
             typer.echo(json.dumps(status))
         else:
@@ -367,7 +396,7 @@ def probe_stream(
     import base64
 
     source = _source(uri, username, password, password_stdin, transport)
-    result = _ask(server, "POST", "/v1/streams:probe", json={"source": source})
+    result = ask(server, "POST", "/v1/streams:probe", json={"source": source})
     if snapshot is not None and result["snapshot"]:
         snapshot.write_bytes(base64.b64decode(result["snapshot"]))
     if as_json:
@@ -400,10 +429,29 @@ def tail_events(
         if as_json:
             typer.echo(json.dumps(event))
         else:
-            stream_id = event["data"]["stream_id"]
-            typer.echo(f"{event['time']}  {stream_id:<12} #{event['sequence']:<5} {event['type']:<24} {_what(event)}")
+            typer.echo(_event_line(event))
         if number == count:
             return
+
+
+@events_app.command("query")
+def query_events(
+    stream: Annotated[str | None, typer.Option("--stream", help="only this stream's")] = None,
+    label: Annotated[str | None, typer.Option(help="only of this label")] = None,
+    kind: Annotated[str | None, typer.Option("--type", help="action, action.new, detection, stream.state, ...")] = None,
+    zone: Annotated[str | None, typer.Option(help="only in this zone or region")] = None,
+    min_score: Annotated[float | None, typer.Option(help="only with at least this score")] = None,
+    after: Annotated[str | None, typer.Option(help="published then or later: ISO 8601 with zone, or seconds")] = None,
+    before: Annotated[str | None, typer.Option(help="published earlier")] = None,
+    count: Annotated[int, typer.Option(help="at most so many; 0: all that are kept")] = 100,
+    as_json: Json = False,
+    server: Server = LOCAL,
+) -> None:
+    """Print events of the past, newest first."""
+    given = {"stream": stream, "label": label, "type": kind, "zone": zone, "min_score": min_score}
+    params = {key: value for key, value in (*given.items(), ("after", after), ("before", before)) if value is not None}
+    for event in _pages(server, "/v1/events", "events", params, count):
+        typer.echo(json.dumps(event) if as_json else _event_line(event))
 
 
 @app.command()
@@ -448,6 +496,26 @@ def _models(names: list[str] | None, file: Path | None, **options: float) -> lis
     return found
 
 
+def _event_line(event: Mapping[str, Any]) -> str:
+    stream_id = event["data"]["stream_id"]
+    return f"{event['time']}  {stream_id:<12} #{event['sequence']:<5} {event['type']:<24} {_what(event)}"
+
+
+def _pages(server: str, path: str, name: str, params: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
+    """The first `count` of a list that comes in pages; 0: all."""
+    cursor: dict[str, str] = {}
+    given = 0
+    while True:
+        body = ask(
+            server, "GET", path, params={**params, "limit": min(count - given, 1000) if count else 1000, **cursor}
+        )
+        yield from body[name]
+        given += len(body[name])
+        if body["next_cursor"] is None or given == count:
+            return
+        cursor = {"cursor": body["next_cursor"]}
+
+
 def _what(event: Mapping[str, Any]) -> str:
     """What an event says, in few words."""
     data = event["data"]
@@ -463,39 +531,12 @@ def _path(stream_id: str, rest: str = "") -> str:
     return f"/v1/streams/{quote(stream_id, safe='')}{rest}"
 
 
-def _ask(server: str, method: str, path: str, **request: Any) -> Any:
-    """The JSON answer of the service. Raises RemoteRefusal, RemoteTrouble, NoServer."""
-    try:
-        with httpx.Client(base_url=server, timeout=PROBE_WAIT_S, trust_env=False) as client:
-            answer = client.request(method, path, **request)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise _unreachable(server, error) from None
-    _check(answer)
-    return answer.json() if answer.content else None
-
-
-def _check(answer: httpx.Response) -> None:
-    if answer.is_success:
-        return
-    try:
-        problem: Mapping[str, Any] = answer.json()
-        detail, reason = str(problem["detail"]), str(problem["reason"])
-    except (ValueError, KeyError, TypeError):
-        detail, reason = f"{answer.request.url.host} answered {answer.status_code}", "unexpected_answer"
-    family = RemoteTrouble if answer.status_code == 429 or answer.status_code >= 500 else RemoteRefusal
-    raise family(detail, reason=reason)
-
-
-def _unreachable(server: str, error: Exception) -> NoServer:
-    return NoServer(f"no service answers at {server} ({error}); start one with `tsm serve`, or name it with --server")
-
-
 def _events(server: str, stream: str | None, after: int | None) -> Iterator[dict[str, Any]]:
     """Events as they come; those of one stream go on after an interruption where they stopped."""
     path = _path(stream, "/events") if stream else "/v1/events"
     trouble = 0
     while True:
-        headers = {"Accept": "text/event-stream"}
+        headers = {"Accept": "text/event-stream", **with_token()}
         params = {"after": str(after)} if stream and after is not None else {}
         try:
             with (
@@ -504,7 +545,7 @@ def _events(server: str, stream: str | None, after: int | None) -> Iterator[dict
             ):
                 if not answer.is_success:
                     answer.read()
-                    _check(answer)
+                    check(answer)
                 trouble = 0
                 for line in answer.iter_lines():
                     if line.startswith("data:"):
@@ -516,7 +557,7 @@ def _events(server: str, stream: str | None, after: int | None) -> Iterator[dict
         except httpx.HTTPError as error:
             trouble += 1
             if trouble > 5:
-                raise _unreachable(server, error) from None
+                raise unreachable(server, error) from None
         time.sleep(0.5)
 
 

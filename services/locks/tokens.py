@@ -27,7 +27,7 @@ KIND = "tokens"
 FORM = re.compile(r"tsm_([a-z0-9]{8})_[A-Za-z0-9]{43}")
 LETTERS = string.ascii_letters + string.digits  # 43 of them: 256 bits
 USE_NOTED_S = 3600.0  # the last use is known to the hour
-RESERVED = ("admin", "anyone")
+RESERVED = ("admin", "viewer", "anyone")
 
 
 class TokenExists(CallerError):
