@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from pipelines.media_limits import DEFAULT_LIMITS
+from pipelines.media_limits import MediaLimits
 from pipelines.sources import Source
 from services.batcher import Batcher, Row
 from services.frame_queue import FrameQueue
@@ -24,7 +25,7 @@ from services.inference import InferReply, InferRequest, ModelNotReady
 from services.lanes import Clip, ClipLane, Sight
 from services.previews import Previews
 from services.pushed import NotMine, PushedSession
-from services.requests import Requests, check_request
+from services.requests import Requests, check_request, description_of
 from services.schemas import SEQUENCES, Lease, ReplicaInfo, StreamSpec
 from services.served import Model, Served, ServedRecogniser, serve
 from services.session import ModelNotLoaded, OpenSource, Session
@@ -128,7 +129,8 @@ class Engine:
         self.telemetry = Telemetry(self.figures, settings.telemetry.stream_labels)
         self.served: dict[str, Served[Any]] = {}
         self._lanes: dict[str, ClipLane] = {}
-        self._requests = Requests(self.served, DEFAULT_LIMITS, settings.engine.max_batch, self.telemetry)
+        self._limits = MediaLimits(**settings.limits.model_dump())
+        self._requests = Requests(self.served, self._limits, settings.engine.max_batch, self.telemetry)
         self._pending: Counter[str] = Counter()  # requests by model
         self._models = models
         self._loading: threading.Thread | None = None
@@ -404,7 +406,7 @@ class Engine:
         return outputs
 
     def _fail(self, session: Session, model: str, code: str, error: Exception) -> None:
-        log.error("%s: %s", session.id, code, exc_info=error)
+        log.error("%s: %s", session.id, code, exc_info=error, extra={"stream": session.id})
         self.telemetry.failure(model, code.lower())
         self.batcher.leave(session.queue)
         reason = error.reason if isinstance(error, TSMError) else type(error).__name__
@@ -435,7 +437,7 @@ class Engine:
             served = self.served.get(request.model)
             if served is None:
                 raise ModelNotReady(f"this replica does not hold model {request.model!r} at the moment; try again")
-            name, array = check_request(request, served.model)
+            name, array = check_request(request, description_of(served))
             return session.push(request, token, name, array)
 
         return self._counted(request, submit)
@@ -511,13 +513,14 @@ class Engine:
                 session = self._session(spec, lease)
                 session.resume(blob, before)
         except ArenaFull as error:
-            log.warning("%s: %s", spec.id, error)  # a session that is closing gives its slot back: next time
+            # a session that is closing gives its slot back: next time
+            log.warning("%s: %s", spec.id, error, extra={"stream": spec.id})
             return
         except ModelNotLoaded as error:
-            wanted = wanted_models(self.settings, self.store).keys() - self.served.keys()
-            if any(model.name in wanted for model in spec.models) and not self.store.documents(FAULTS):
-                return  # it is being loaded: next time
-            log.error("%s: %s", spec.id, error)
+            missing = {model.name for model in spec.models} - self.served.keys()
+            if missing <= wanted_models(self.settings, self.store).keys() - self.store.documents(FAULTS).keys():
+                return  # they are being loaded: next time
+            log.error("%s: %s", spec.id, error, extra={"stream": spec.id})
             self._refuse_open(spec, lease, error)
             return
         outlet = self.publisher.open(
@@ -540,6 +543,7 @@ class Engine:
             session.restored.mode,
             session.first_number,
             session.note,
+            extra={"stream": spec.id},
         )
         if spec.paused:
             session.pause()
@@ -578,7 +582,7 @@ class Engine:
             on_ready=self.batcher.ready,
             on_change=self._announce,
             first_track=first_track,
-            limits=DEFAULT_LIMITS,
+            limits=self._limits,
             submit=self._submit,
             on_over=lambda session: self._submit(self._dismiss, session, "ended"),
         )
@@ -627,10 +631,10 @@ class Engine:
                 ends = [*ends, event]
             self.store.announce(session.id, session.status(), events=ends)
         except StaleLease:
-            log.debug("%s: has a new owner or is gone", session.id)
+            log.debug("%s: has a new owner or is gone", session.id, extra={"stream": session.id})
         except WorldError as error:
             self._store_errors["announce"] += 1
-            log.warning("%s: the end could not be announced: %s", session.id, error)
+            log.warning("%s: the end could not be announced: %s", session.id, error, extra={"stream": session.id})
 
     def _finish(self, session: Session) -> None:
         """A file is over: what is open ends, and both are told in one write, after which the lease may go."""
@@ -667,7 +671,7 @@ class Engine:
         try:
             self._forget(session.id)
         except WorldError as error:  # the control loop tries again
-            log.warning("%s: the store cannot forget it yet: %s", session.id, error)
+            log.warning("%s: the store cannot forget it yet: %s", session.id, error, extra={"stream": session.id})
 
     def _forget(self, stream_id: str) -> None:
         why = self._over.get(stream_id)
@@ -696,7 +700,7 @@ class Engine:
         try:
             self.store.release(session.lease)
         except WorldError as error:
-            log.warning("%s: could not give the lease back: %s", session.id, error)
+            log.warning("%s: could not give the lease back: %s", session.id, error, extra={"stream": session.id})
         session.let_go()
 
     def _announce(self, session: Session, event: dict[str, Any]) -> None:
@@ -738,7 +742,7 @@ class Engine:
         faults = self.store.documents(FAULTS)
         for name, model in wanted.items():
             if name not in self.served and name not in faults and self._models is None:
-                self._loading = self._thread(f"load-{name}", lambda model=model: self._load_wanted(model))
+                self._loading = self._thread(f"load-{name}", partial(self._load_wanted, model))
                 return
 
     def _load_wanted(self, model: ModelSettings) -> None:
@@ -813,7 +817,7 @@ class Engine:
             self.telemetry.not_saved("unavailable")
             self._store_errors["save"] += 1
             session.saved_s = time.monotonic()
-            log.debug("%s: state not saved: %s", session.id, error)
+            log.debug("%s: state not saved: %s", session.id, error, extra={"stream": session.id})
         else:
             session.saved(snapshot.frame_number)
             self.telemetry.saved(len(blob))

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,16 +23,18 @@ from services.inference import (
     ModelDescription,
     ModelIndex,
     ModelInUse,
+    ModelNotReady,
     ModelStatistics,
     RequestTimeout,
     UnknownModel,
 )
 from services.pushed import NotMine
-from services.requests import describe_model
+from services.requests import check_request, describe_model, description_of
 from services.schemas import Lease
 from services.sequences import Replicas, Sequences
 from services.settings import ModelSettings, Settings
 from services.store import StateStore
+from services.tracing import request_span
 from services.wanted import FAULTS, want, wanted_models
 from tsm_core.checkpoints import ModelFileError, read_card
 from tsm_core.detector_recipes import DetectorRecipe
@@ -52,7 +55,7 @@ class StoreInference(Inference):
         self._store = store
         self._settings = settings
         self._replicas = replicas
-        self._sequences = Sequences(store, replicas, self._check)
+        self._sequences = Sequences(store, replicas, self._check_request)
         self._wanted: Mapping[str, ModelSettings] = {}
         self._known_s = float("-inf")
 
@@ -64,6 +67,9 @@ class StoreInference(Inference):
         try:
             async with asyncio.timeout(request.timeout_s):
                 return await self._replicas.infer(request)
+        except ModelNotReady:
+            await asyncio.to_thread(self._check, request.model)  # it may have been unloaded just now
+            raise
         except TimeoutError:
             raise RequestTimeout(
                 f"{request.model} had no answer within {request.timeout_s:g} s; send less, or give it longer"
@@ -122,17 +128,21 @@ class StoreInference(Inference):
         if name not in self._wanted:
             raise UnknownModel(f"model {name!r} is not served; served: {', '.join(sorted(self._wanted))}")
 
+    def _check_request(self, request: InferRequest) -> None:
+        self._check(request.model)
+        check_request(request, self._describe(request.model, self._wanted[request.model], ready=True))
+
     def _held(self) -> set[str]:
         return {name for replica in self._store.replicas() if not replica.draining for name in replica.models}
 
     def _models(self) -> list[ModelDescription]:
         held = self._held()
         return [
-            self._describe(name, model, name in held)
+            self._describe(name, model, ready=name in held)
             for name, model in sorted(wanted_models(self._settings, self._store).items())
         ]
 
-    def _describe(self, name: str, model: ModelSettings, ready: bool) -> ModelDescription:
+    def _describe(self, name: str, model: ModelSettings, *, ready: bool) -> ModelDescription:
         recipe = _recipe(find_model(name, model.path, [self._settings.models.folder]))
         window = isinstance(recipe, Recipe) and not recipe.steppable
         return describe_model(name, recipe, window=window, ready=ready)
@@ -155,7 +165,7 @@ class StoreInference(Inference):
     def _want(self, name: str) -> None:
         if name not in {model.name for model in self._settings.engine.models}:
             find_model(name, None, [self._settings.models.folder])
-        want(self._store, name, True)
+        want(self._store, name, wanted=True)
 
     def _let_go(self, name: str) -> None:
         wanted = wanted_models(self._settings, self._store)
@@ -167,7 +177,7 @@ class StoreInference(Inference):
         if using:
             more = f" and {len(using) - 3} more" if len(using) > 3 else ""
             raise ModelInUse(f"streams {', '.join(using[:3])}{more} name model {name!r}; delete or change them first")
-        want(self._store, name, False)
+        want(self._store, name, wanted=False)
 
     def _statistics(self, name: str | None) -> list[ModelStatistics]:
         names = [name] if name is not None else sorted(wanted_models(self._settings, self._store))
@@ -245,16 +255,17 @@ class LocalInference(StoreInference):
         self._engines = engines
 
     @override
-    def _describe(self, name: str, model: ModelSettings, ready: bool) -> ModelDescription:
+    def _describe(self, name: str, model: ModelSettings, *, ready: bool) -> ModelDescription:
         for engine in self._engines:
             if (served := engine.served.get(name)) is not None:
-                return describe_model(name, served.recipe, window=served.model.mode == "window", ready=ready)
-        return super()._describe(name, model, ready)
+                return replace(description_of(served), ready=ready)
+        return super()._describe(name, model, ready=ready)
 
 
 async def infer_here(engine: Engine, request: InferRequest) -> InferReply:
     """The engine's answer to a request that stands alone. Raises what Engine.infer raises."""
-    return await asyncio.wrap_future(engine.infer(request))
+    with request_span("infer", request.trace, model=request.model):
+        return await asyncio.wrap_future(engine.infer(request))
 
 
 async def push_when_open(engine: Engine, lease: Lease, token: str, request: InferRequest) -> InferReply:
@@ -271,4 +282,5 @@ async def push_when_open(engine: Engine, lease: Lease, token: str, request: Infe
                 raise
             await asyncio.sleep(FIRST_LOOK_S)
         else:
-            return await asyncio.wrap_future(answer)
+            with request_span("push", request.trace, model=request.model, stream=lease.stream_id):
+                return await asyncio.wrap_future(answer)

@@ -85,6 +85,11 @@ def describe_model(name: str, recipe: Recipe | DetectorRecipe, *, window: bool, 
     )
 
 
+def description_of(served: Served[Any]) -> ModelDescription:
+    """A model that a replica holds."""
+    return describe_model(served.name, served.recipe, window=served.model.mode == "window")
+
+
 def _recogniser_outputs(classes: int) -> tuple[TensorSpec, ...]:
     return (
         TensorSpec("logits", "FP32", (-1, classes)),
@@ -126,15 +131,14 @@ class Picture:
 Open = Callable[[], Picture]  # decodes when it is called: a request waits as small as it came
 
 
-def check_request(request: InferRequest, model: Model) -> tuple[str, Array]:
+def check_request(request: InferRequest, about: ModelDescription) -> tuple[str, Array]:
     """The name and the array of the request's input. Raises BadInput, UnknownModel."""
     if request.version not in ("", VERSION):
         raise UnknownModel(
             f"model {request.model!r} has no version {request.version!r}; its version is {VERSION}, or leave it out"
         )
-    about = describe_model(request.model, model.recipe, window=model.mode == "window")
     if request.sequence:
-        check_sequence(request, about)
+        _check_sequence(request, about)
     names = list(dict.fromkeys(spec.name for spec in about.inputs))
     if len(request.inputs) != 1:
         raise BadInput(f"one input is needed, got {len(request.inputs)}; {request.model} takes {', '.join(names)}")
@@ -164,7 +168,7 @@ def check_request(request: InferRequest, model: Model) -> tuple[str, Array]:
     return name, array
 
 
-def check_sequence(request: InferRequest, about: ModelDescription) -> None:
+def _check_sequence(request: InferRequest, about: ModelDescription) -> None:
     """Raises BadInput when the request cannot be one of a sequence."""
     if not about.sequences:
         raise BadInput(
@@ -355,7 +359,7 @@ class Requests:
         served = self._served.get(request.model)
         if served is None:
             raise ModelNotReady(f"this replica does not hold model {request.model!r} at the moment; try again")
-        name, _ = check_request(request, served.model)
+        name, _ = check_request(request, description_of(served))
         job = _Job(request, served.model, time.monotonic(), Future())
         (self._videos if name == "video" else self._tensors).submit(job)
         return job.answer

@@ -96,8 +96,8 @@ class Sequences:
     What it keeps is a memory of leases: any number of gateways may run.
     """
 
-    def __init__(self, store: StateStore, replicas: Replicas, check: Callable[[str], None]) -> None:
-        """check: raises UnknownModel for a model that is not served."""
+    def __init__(self, store: StateStore, replicas: Replicas, check: Callable[[InferRequest], object]) -> None:
+        """check: raises UnknownModel or BadInput for a request that can begin no sequence."""
         self._check = check
         self._store = store
         self._replicas = replicas
@@ -108,8 +108,8 @@ class Sequences:
     async def push(self, request: InferRequest) -> InferReply:
         """The answer to the next frames of a sequence, which begins if there is none of this id.
 
-        Raises UnknownModel, UnknownSequence, ModelNotReady, NoCapacity, SequenceBusy, RequestTimeout, and what the
-        owner says.
+        Raises UnknownModel, BadInput, UnknownSequence, ModelNotReady, NoCapacity, SequenceBusy, RequestTimeout, and
+        what the owner says.
         """
         assert request.sequence is not None
         stream_id = sequence_stream(request.model, request.sequence.id)
@@ -175,7 +175,7 @@ class Sequences:
             source=SourceSpec(uri=PUSHED),
             models=(StreamModel(name=request.model),),
         )
-        self._check(request.model)
+        self._check(request)
         owner = self._freest(request.model)
         if note is not None:
             self._store.swap_document(SEQUENCES, stream_id, note, None)

@@ -29,7 +29,7 @@ def merged(settings: Settings, changes: Mapping[str, str]) -> dict[str, ModelSet
     return found
 
 
-def want(store: StateStore, name: str, wanted: bool) -> None:
+def want(store: StateStore, name: str, *, wanted: bool) -> None:
     """Have the replicas load a model, or let go of it. Raises StoreDown."""
     store.swap_document(FAULTS, name, store.document(FAULTS, name), None)
     store.put_document(WANTED, name, json.dumps(wanted))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytest
 
 from services import controller
 from services.controller import Controller, plan
-from services.schemas import Lease, ReplicaInfo, SourceSpec, StreamSpec, StreamStatus
+from services.schemas import PUSHED, Lease, ReplicaInfo, SourceSpec, StreamSpec, StreamStatus
 from services.settings import ControllerSettings, StoreSettings
 from services.store import MemoryStore, StaleLease, StoreDown
 
@@ -103,6 +104,8 @@ def test_new_replica_gets_streams_of_others_only_once_settled() -> None:
     replicas = [replica("X"), replica("Y")]
     assert plan(specs, leases, replicas, settled=frozenset("X")).assign == {}
     assert plan(specs, leases, replicas, settled=frozenset("XY")).assign == {"b": "Y"}
+    pushed = [one.model_copy(update={"source": SourceSpec(uri=PUSHED)}) for one in specs]
+    assert plan(pushed, leases, replicas, settled=frozenset("XY")).assign == {}
     assert plan([*specs, spec("c")], leases, replicas, settled=frozenset("XY")).assign == {"c": "Y"}, (
         "need before order"
     )
@@ -294,3 +297,17 @@ def test_new_replica_gets_its_share(
     epochs = {name: lease.epoch for name, lease in store.leases().items()}
     time.sleep(0.3)
     assert {name: lease.epoch for name, lease in store.leases().items()} == epochs, "and then there is peace"
+
+
+def test_a_new_sequence_is_left_to_the_gateway_that_began_it(
+    store: UnreachableStore, lead: Callable[[str], Controller]
+) -> None:
+    store.heartbeat(replica("X"), 60_000)
+    young = spec("seq").model_copy(update={"source": SourceSpec(uri=PUSHED)})
+    store.put_stream(young, create=True)
+    store.put_stream(spec("yard"), create=True)
+    lead("one")
+    until(lambda: owners(store) == {"yard": "X"})
+    old = young.model_copy(update={"created_at": young.created_at - timedelta(seconds=controller.NEW_SEQUENCE_S)})
+    store.put_stream(old, create=False)
+    until(lambda: owners(store) == {"seq": "X", "yard": "X"})

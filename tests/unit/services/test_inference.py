@@ -10,12 +10,30 @@ import pytest
 import torch
 
 from pipelines.infer import infer_file
-from services.inference import BadInput, ModelBusy, SequenceCall, UnknownModel
+from services.engine import Engine
+from services.inference import BadInput, ModelBusy, ModelInUse, SequenceCall, UnknownModel
+from services.inferring import LocalInference
+from services.manager import SourceNotAllowed, StreamManager
 from services.requests import MAX_FRAMES, MAX_WAITING
+from services.schemas import SourceSpec, StreamSpec
+from services.settings import ModelsSettings
 from services.store import MemoryStore
-from tests.unit.services.engine_kit import MODEL, small_model, wait
-from tests.unit.services.request_kit import blobs, film, inference, png, ran, request, texts, written
-from tsm_core.checkpoints import load_detector
+from services.stream_models import StreamModel
+from services.wanted import want
+from tests.unit.services.engine_kit import MODEL, give, settings, small_model, spec, wait
+from tests.unit.services.request_kit import (
+    blobs,
+    film,
+    inference,
+    number_of,
+    png,
+    pushed,
+    ran,
+    request,
+    texts,
+    written,
+)
+from tsm_core.checkpoints import ModelFileError, load_detector, save_model
 from tsm_core.errors import CallerError
 from tsm_core.model import WindowTSM, build
 from tsm_core.postprocess import new_smoother
@@ -179,9 +197,8 @@ def test_requests_beyond_the_queue_are_refused_and_none_is_lost(images):
         for _ in range(MAX_WAITING + 10):
             try:
                 answers.append(engine.infer(request(video=video)))
-            except ModelBusy as error:
+            except ModelBusy:
                 busy += 1
-                assert error.reason == "model_busy"
         assert busy >= 9
         engine.infer(request(frame=images[:1])).result(10)  # the other lane goes on
         for answer in answers[1:]:
@@ -234,6 +251,87 @@ def test_a_request_that_waited_too_long_is_not_worked_on(images):
         assert getattr(error, "reason", "") == "timeout"
 
 
-def test_sequences_need_a_model_that_is_stepped(served, images):
-    with pytest.raises(BadInput, match="a sequence is made of `frame` or `image`"):
-        ran(served.infer(request(clip=images[None, :4], sequence=SequenceCall("a"), timeout_s=5)))
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"model": WINDOW, "frame": film(1)}, "sees whole clips and has no sequences"),
+        ({"clip": film(4)[None]}, "a sequence is made of `frame` or `image`, not of 'clip'"),
+        ({"frame": film(1), "sequence": SequenceCall("")}, "must have 1 to 128"),
+        ({"frame": film(1), "timestamp_s": -1.0}, "timestamp -1.0 s"),
+        ({"frame": film(17)}, "17 frames, a request may have 16"),
+        ({"model": "nine", "frame": film(1)}, "'nine' is not served"),
+    ],
+)
+def test_what_can_begin_no_sequence_is_told_and_takes_no_slot(served, wrong, says):
+    (engine,) = served._engines
+    with pytest.raises(CallerError, match=says):
+        ran(served.infer(request(**{"sequence": SequenceCall("a"), **wrong})))
+    assert engine.store.list_streams() == []
+
+
+@pytest.fixture
+def service(tmp_path):
+    """An engine that loads its models from files, as a service does."""
+    save_model(tmp_path / f"{MODEL}.safetensors", small_model())
+    save_model(tmp_path / "other.safetensors", small_model(1))
+    (tmp_path / "broken.safetensors").write_bytes(b"no model")
+    using = settings().model_copy(update={"models": ModelsSettings(dir=tmp_path)})
+    engine = Engine(using, MemoryStore(), "r1")
+    engine.start()
+    wait(lambda: engine.store.replicas())
+    yield LocalInference(engine)
+    engine.stop()
+
+
+def test_models_are_loaded_and_unloaded_while_streams_go_on(service, images):
+    (engine,) = service._engines
+    manager = StreamManager(engine.store, engine.settings)
+    ran(service.infer(pushed(images[0], "live")))
+    ran(service.load("other"))
+    assert [model.name for model in manager.models()] == [MODEL, "other"]
+    assert ran(service.ready("other"))
+    assert ran(service.infer(request("other", frame=images[:1]))).model == "other"
+    ran(service.infer(pushed(images[0], "second", "other")))
+    with pytest.raises(ModelInUse, match="name model 'other'"):
+        ran(service.unload("other"))
+    ran(service.infer(pushed(images[0], "second", "other", end=True)))
+    wait(lambda: len(engine.store.list_streams()) == 1)
+    ran(service.unload("other"))
+    with pytest.raises(UnknownModel):
+        ran(service.infer(request("other", frame=images[:1])))
+    assert number_of(ran(service.infer(pushed(images[1], "live")))) == 1
+    engine.healthy()
+    states = {one.name: one.state for one in ran(service.index())}
+    assert (states[MODEL], states["other"], states["broken"]) == ("READY", "UNAVAILABLE", "UNAVAILABLE")
+
+
+def test_what_cannot_be_loaded_or_unloaded_is_told(service):
+    with pytest.raises(UnknownModel, match="'nine' does not exist here"):
+        ran(service.load("nine"))
+    with pytest.raises(UnknownModel):
+        ran(service.load("../other"))
+    with pytest.raises(ModelFileError, match="'broken' cannot be loaded"):
+        ran(service.load("broken"))
+    assert "broken" in {one.name: one for one in ran(service.index()) if one.reason not in ("", "not loaded")}
+    with pytest.raises(ModelInUse, match="the one of streams that name none"):
+        ran(service.unload(MODEL))
+    with pytest.raises(UnknownModel):
+        ran(service.unload("nine"))
+
+
+def test_a_stream_waits_for_a_model_that_is_being_loaded(service):
+    (engine,) = service._engines
+    want(engine.store, "other", wanted=True)
+    give(engine.store, engine, spec("yard", models=(StreamModel(name="other"),)))
+    assert engine.sessions["yard"].state != "FAILED"
+
+
+def test_sequences_are_not_listed_unless_asked_for_and_not_made_by_hand(service, images):
+    (engine,) = service._engines
+    manager = StreamManager(engine.store, engine.settings)
+    ran(service.infer(pushed(images[0], "live")))
+    assert manager.streams() == []
+    (view,) = manager.streams(sequences=True)
+    assert view.name == "live"
+    with pytest.raises(SourceNotAllowed, match="begins with its first frame"):
+        manager.create(StreamSpec(id="mine", source=SourceSpec(uri="push:")))
