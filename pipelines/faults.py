@@ -130,7 +130,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"404 Not Found|HTTPNotFoundError", "STREAM_NOT_FOUND"),
     (r"5XX Server Error|HTTPServerError|\b50[0-9] \w+", "STREAM_SERVER_BUSY"),
     (r"4XX Client Error|HTTPOtherClientError|400 Bad Request|461 \w+", "STREAM_PROTOCOL"),
-    (r"[Cc]ertificate (verify failed|failed verification|.*(not trusted|expired|invalid))",
+    (r"[Cc]ertificate (verify failed|failed verification|.*(not trusted|expired|invalid))|certificate's owner does not",
      "STREAM_TLS_CERTIFICATE"),
     (r"TLS handshake|SSL_connect|ssl/tls|\[tls @.*(rror|ailed)|gnutls_handshake", "STREAM_TLS_HANDSHAKE"),
     (r"Failed to resolve hostname|Name or service not known", "STREAM_DNS_FAILED"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import shutil
@@ -49,6 +50,7 @@ def serve_config() -> dict[str, Any]:
 @pytest.fixture
 def cluster(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("TSM_STORE__URL", valkey_url)
+    monkeypatch.setenv("TSM_STORE__ENCRYPTION_KEY", base64.b64encode(bytes(range(32))).decode())
     folder = Path(tempfile.mkdtemp(prefix="tsm-", dir="/tmp"))
     found = Cluster(folder)
     try:

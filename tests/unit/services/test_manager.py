@@ -95,6 +95,23 @@ def test_metadata_and_link_local_addresses_are_never_opened(host: str):
         manager_of().allowed(SourceSpec(uri=f"rtsp://{host}/x"))
 
 
+def test_the_settings_say_which_networks_are_opened():
+    settings = Settings(source=SourceSettings(networks=("public",)))
+    manager = StreamManager(MemoryStore(StoreSettings()), settings, models=MODELS)
+    for host, kind in (("localhost", "loopback"), ("192.168.1.20", "private"), ("[::ffff:10.0.0.1]", "private")):
+        with pytest.raises(SourceNotAllowed, match=f"a {kind} address; this service opens public"):
+            manager.allowed(SourceSpec(uri=f"rtsp://{host}/x"))
+    assert manager.allowed(SourceSpec(uri="rtsp://8.8.8.8/x")).uri == "rtsp://8.8.8.8/x"
+
+
+def test_a_new_source_brings_its_own_password():
+    manager = manager_of()
+    manager.create(camera(uri=f"rtsp://eye:{CANARY}@127.0.0.1/x"), check=False)
+    manager.update("cam", {"source": SourceSpec(uri="rtsp://127.0.0.2/x")}, check=False)
+    source = manager.store.get_stream("cam").source
+    assert (source.uri, source.username, source.password) == ("rtsp://127.0.0.2/x", None, None)
+
+
 def test_secrets_stay_off_command_lines():
     manager = manager_of()
     with_password = SourceSpec(uri=f"rtsp://eye:{CANARY}@127.0.0.1/x")
