@@ -132,6 +132,7 @@ class Engine:
         self._limits = MediaLimits(**settings.limits.model_dump())
         self._requests = Requests(self.served, self._limits, settings.engine.max_batch, self.telemetry)
         self._pending: Counter[str] = Counter()  # requests by model
+        self._counting = threading.Lock()
         self._models = models
         self._loading: threading.Thread | None = None
         self._open_source = open_source
@@ -145,6 +146,7 @@ class Engine:
         self._stopping = threading.Event()
         self._look = threading.Event()  # somebody cannot wait for the next look at the leases
         self._over: dict[str, str] = {}  # sequences that were let go and are not forgotten by the store yet, and why
+        self._forgetting = threading.Lock()
         self._silent = threading.Event()  # no heartbeats any more
         self._draining = False
         self._started_s = 0.0
@@ -457,10 +459,12 @@ class Engine:
         except TSMError as error:
             self.telemetry.request(request.model, time.monotonic() - began_s, error.reason)
             raise
-        self._pending[request.model] += 1
+        with self._counting:
+            self._pending[request.model] += 1
 
         def over(answer: Future[InferReply]) -> None:
-            self._pending[request.model] -= 1
+            with self._counting:
+                self._pending[request.model] -= 1
             error = None if answer.cancelled() else answer.exception()
             if isinstance(error, NotMine) or answer.cancelled():
                 return
@@ -674,13 +678,14 @@ class Engine:
             log.warning("%s: the store cannot forget it yet: %s", session.id, error, extra={"stream": session.id})
 
     def _forget(self, stream_id: str) -> None:
-        why = self._over.get(stream_id)
-        if why is None:
-            return
-        self.store.put_document(SEQUENCES, stream_id, why, SEQUENCE_NOTE_S)
-        with suppress(StreamNotFound):
-            self.store.delete_stream(stream_id)
-        self._over.pop(stream_id, None)
+        with self._forgetting:  # once: a sequence of the same id may begin right behind
+            why = self._over.get(stream_id)
+            if why is None:
+                return
+            self.store.put_document(SEQUENCES, stream_id, why, SEQUENCE_NOTE_S)
+            with suppress(StreamNotFound):
+                self.store.delete_stream(stream_id)
+            self._over.pop(stream_id, None)
 
     def _hand_over(self, session: Session) -> None:
         """Save, publish what is left, give the lease back: the next owner goes on where this one stopped."""
