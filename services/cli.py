@@ -18,6 +18,7 @@ import typer
 import yaml
 from typer.core import TyperGroup
 
+from services.cli_jobs import jobs_app
 from services.cli_tokens import tokens_app
 from services.cli_zoo import PASSED_ON, data_app, evaluate, model_folders, models_app, recipes_app, train
 from services.logs import set_up
@@ -73,6 +74,7 @@ streams_app = typer.Typer(no_args_is_help=True, help="Streams of a running servi
 events_app = typer.Typer(no_args_is_help=True, help="Events of a running service.")
 app.add_typer(streams_app, name="streams")
 app.add_typer(events_app, name="events")
+app.add_typer(jobs_app, name="jobs")
 app.add_typer(tokens_app, name="tokens")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
