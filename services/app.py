@@ -23,7 +23,7 @@ from ray.serve.schema import LoggingConfig
 
 from services import logs, tracing
 from services.controller import Controller
-from services.couriers.office import Couriers
+from services.couriers.office import Couriers, check_sinks
 from services.embedded import EmbeddedValkey
 from services.engine import Engine
 from services.http.app import http_app
@@ -315,6 +315,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         host = settings.server.host
         served_models(settings)  # a model that is not there is told now, in few words
+        check_sinks(settings)
         with listen(host, settings.server.port) as listener:  # and so is a port that is taken
             port = int(listener.getsockname()[1])
         self.url = f"http://{shown_host(host)}:{port}"

@@ -123,6 +123,9 @@ class Courier:
                 reachable = False
             except SinkUnavailable as error:
                 wait_s = self._failed(error)
+            except Exception as error:  # a bug with one sink must end neither the others nor the controller
+                log.exception("sink %s: a bug", self.sink.name)
+                wait_s = self._failed(SinkUnavailable(f"a bug of the service: {type(error).__name__}; see its log"))
             self._stopping.wait(wait_s)
         with contextlib.suppress(StoreDown):
             self._let_go()
@@ -154,9 +157,11 @@ class Courier:
             self._deliver(chunk)
         self._forget(feeds)
         self.sink.idle()
-        if not parcels:
-            self._save()
-        return 0.0 if parcels else POLL_S
+        if parcels:
+            return 0.0
+        self._succeeded()  # nothing waits
+        self._save()
+        return POLL_S
 
     def _load(self) -> None:
         self._written = self._store.document(LEDGERS, self.sink.name)

@@ -11,9 +11,10 @@ from services.couriers.courier import Courier, dead_letters, ledger
 from services.couriers.courier import order_redelivery as order
 from services.couriers.mqtt import NAME as MQTT
 from services.couriers.mqtt import MqttSink
+from services.couriers.sink import Sink
 from services.couriers.webhook import WebhookSink, shown
 from services.manager import StreamManager
-from services.settings import Settings
+from services.settings import Settings, SinkFilter
 from services.store import StateStore
 from services.wire import Wire
 from tsm_core.errors import CallerError
@@ -63,13 +64,8 @@ class Couriers:
         def stats() -> dict[str, Any]:
             return StreamManager(store, settings, models=()).service_stats().model_dump(mode="json")
 
-        found: list[Any] = [
-            (WebhookSink(webhook, settings.webhooks.timeout_s, settings.webhooks.networks), webhook)
-            for webhook in settings.webhooks.sinks
-        ]
-        if settings.mqtt.url is not None:
-            found.append((MqttSink(settings.mqtt, stats), settings.mqtt))
-        self._couriers = [Courier(store, sink, only, settings.couriers, leads) for sink, only in found]
+        sinks = _sinks(settings, stats)
+        self._couriers = [Courier(store, sink, only, settings.couriers, leads) for sink, only in sinks]
 
     def start(self) -> None:
         """Begin to deliver."""
@@ -84,6 +80,11 @@ class Couriers:
             courier.join(timeout_s)
 
 
+def check_sinks(settings: Settings) -> None:
+    """Raise SettingsError now for what the couriers would stumble over as they begin."""
+    _sinks(settings, dict)
+
+
 def sink_views(store: StateStore, settings: Settings) -> list[SinkView]:
     """Every configured sink, webhooks first."""
     feeds = store.event_feeds()
@@ -96,6 +97,14 @@ def order_redelivery(store: StateStore, settings: Settings, name: str) -> int:
     if name not in names:
         raise SinkNotFound(f"there is no sink {name!r}; there are: {', '.join(names) or 'none'}")
     return order(store, name)
+
+
+def _sinks(settings: Settings, stats: Callable[[], dict[str, Any]]) -> list[tuple[Sink, SinkFilter]]:
+    webhooks = settings.webhooks
+    found: list[tuple[Sink, SinkFilter]] = [
+        (WebhookSink(webhook, webhooks.timeout_s, webhooks.networks), webhook) for webhook in webhooks.sinks
+    ]
+    return found + ([(MqttSink(settings.mqtt, stats), settings.mqtt)] if settings.mqtt.url else [])
 
 
 def _configured(settings: Settings) -> list[tuple[str, Literal["webhook", "mqtt"], str]]:
