@@ -1,5 +1,6 @@
 """The Open Inference Protocol over HTTP: what travels, what is refused, and how errors look."""
 
+import asyncio
 import gzip
 import json
 import threading
@@ -10,7 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
+from services import oip
 from services.http.open_inference import MAX_JSON_BYTES
+from services.locks.callers import Caller, Forbidden
 from services.manager import StreamManager
 from services.settings import ServerSettings, Settings, StoreSettings
 from services.store import MemoryStore
@@ -327,6 +330,20 @@ def test_statistics_count(client: httpx.Client):
         1,
         {"count": 1, "ns": 1_000_000},
     )
+
+
+def test_a_limited_caller_pushes_to_its_own_sequences_alone(inference: ColourInference):
+    caller = Caller("yard", "operator", ("yard-*",))
+
+    async def push(sequence: str) -> None:
+        call = oip.Call("colours", "", "", {"frame": FRAMES}, {"sequence_id": sequence})
+        await oip.infer(inference, call, caller)
+
+    asyncio.run(push("yard-1"))
+    asyncio.run(push(""))
+    with pytest.raises(Forbidden, match="not to 'door-1'"):
+        asyncio.run(push("door-1"))
+    assert len(inference.seen) == 2
 
 
 def test_a_bug_is_told_without_its_text(client: httpx.Client, inference: ColourInference, caplog):
