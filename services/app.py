@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import logging
@@ -30,11 +31,12 @@ from services.http.app import http_app
 from services.http.observe import Reporter
 from services.inference import Inference, InferRequest
 from services.inferring import StoreInference, infer_here, push_when_open
+from services.jobs import JobRunner, jobs_dir
 from services.locks.first import first_admin_token
 from services.locks.vault import HOW, vault_of, with_key
 from services.manager import StreamManager, served_models
 from services.ports import listen, shown_host
-from services.replicas import MAX_CALLS, Answer, OwnerRouter, ServeReplicas, answer_or_refusal, replica_name
+from services.replicas import MAX_CALLS, Answer, OwnerRouter, ServeReplicas, answer_or_refusal, replica_name, serve_jobs
 from services.rpc.open_inference import inference_service
 from services.rpc.server import GrpcDoor
 from services.rpc.streams import stream_service
@@ -44,6 +46,8 @@ from services.store import open_store
 from tsm_core.errors import WorldError
 
 APPLICATION = "tsm"
+JOBS_NICE = 10
+JOB_CALLS = 64  # pieces of uploads and results under way at once
 VIEWERS = 1000  # feeds that one gateway of a cluster serves at once: each is a request that does not end
 
 
@@ -112,6 +116,33 @@ class ControllerReplica:
             self._store.close()
 
 
+class JobsReplica:
+    """Shell around the JobRunner, at a low priority: cameras go first."""
+
+    def __init__(self, given: Settings | dict[str, Any]) -> None:
+        settings = enter_actor(given)
+        os.nice(JOBS_NICE)  # of this thread and those that it starts
+        self._store = open_store(settings.store)
+        runner_id = f"jobs-{serve.get_replica_context().replica_id.unique_id}"
+        self._runner = JobRunner(self._store, settings, runner_id)
+        self._runner.start()
+
+    async def call(self, verb: str, *args: Any) -> Any:
+        """What a verb of the runner answers, or the error of ours that it raised."""
+        return await answer_or_refusal(asyncio.to_thread(getattr(self._runner, verb), *args))
+
+    def check_health(self) -> None:
+        """Called by Serve: raises when the replica must be replaced."""
+        if not self._runner.alive:
+            raise WorldError("a thread of the job runner ended")
+
+    def __del__(self) -> None:
+        """Called by Serve before it ends the replica: jobs that are not done say so."""
+        if hasattr(self, "_runner"):
+            self._runner.stop()
+            self._store.close()
+
+
 class Gateway:
     """Shell around the HTTP door; keeps nothing.
 
@@ -119,12 +150,12 @@ class Gateway:
     without bound (measured: 56 MB in 15 s for one viewer who reads nothing).
     """
 
-    def __init__(self, settings: Settings, host: str, port: int, engine: Any, *_: Any) -> None:
+    def __init__(self, settings: Settings, host: str, port: int, engine: Any, jobs: Any, *_: Any) -> None:
         enter_actor(settings)
         self._store = open_store(settings.store)
         manager = StreamManager(self._store, settings)
         inference = StoreInference(self._store, settings, ServeReplicas(engine))
-        app = http_app(manager, settings, inference)
+        app = http_app(manager, settings, inference, jobs=serve_jobs(jobs))
         self._grpc = _open_grpc(settings, host, manager, app, inference)
         config = uvicorn.Config(
             app,
@@ -181,14 +212,15 @@ def _open_grpc(
 class ClusterGateway:
     """Shell around the HTTP door on a cluster, where Serve's proxy on every node leads to it; keeps nothing."""
 
-    def __init__(self, given: Settings | dict[str, Any], engine: Any, *_: Any) -> None:
+    def __init__(self, given: Settings | dict[str, Any], engine: Any, jobs: Any, *_: Any) -> None:
         settings = enter_actor(given)
         always = settings.auth.model_copy(update={"required": "always"})
         settings = settings.model_copy(update={"auth": always})
         self._store = open_store(settings.store)
         inference = StoreInference(self._store, settings, ServeReplicas(engine))
         gateway_id = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
-        self._http = http_app(StreamManager(self._store, settings), settings, inference, gateway_id)
+        manager = StreamManager(self._store, settings)
+        self._http = http_app(manager, settings, inference, gateway_id, serve_jobs(jobs))
         self._reporter = Reporter(self._store, self._http.state.telemetry)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -236,8 +268,9 @@ def _on_loopback() -> bool:
 
 def application(settings: Settings, port: int) -> serve.Application:
     """The graph that one `serve.run` deploys, with its HTTP door on `port`. `settings.store.url` must be set."""
-    engine, controller = _workers(settings, settings)
-    graph: serve.Application = _door(Gateway).bind(settings, settings.server.host, port, engine, controller)
+    folder = jobs_dir(settings).absolute()  # actors have a working directory of their own
+    settings = settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"dir": folder})})
+    graph: serve.Application = _door(Gateway).bind(settings, settings.server.host, port, *_workers(settings, settings))
     return graph
 
 
@@ -259,14 +292,13 @@ def cluster_application(args: dict[str, Any]) -> serve.Application:
             "a cluster's doors want tokens, and nothing here keeps a first one: set TSM_AUTH__ADMIN_TOKEN on every "
             "node to the same 32 letters or more; `openssl rand -hex 32` makes them"
         )
-    engine, controller = _workers(settings, args)
     door = _door(ClusterGateway).options(max_ongoing_requests=VIEWERS)
-    graph: serve.Application = door.bind(args, engine, controller)
+    graph: serve.Application = door.bind(args, *_workers(settings, args))
     return graph
 
 
-def _workers(settings: Settings, given: Settings | dict[str, Any]) -> tuple[Any, Any]:
-    """Engine and controller, bound to what their actors are given."""
+def _workers(settings: Settings, given: Settings | dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Engine, jobs and controller, bound to what their actors are given."""
     deployment: Any = serve.deployment
     engine = deployment(
         EngineReplica,
@@ -289,7 +321,18 @@ def _workers(settings: Settings, given: Settings | dict[str, Any]) -> tuple[Any,
         graceful_shutdown_timeout_s=3.0,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    return engine.bind(given), controller.bind(given)
+    jobs = deployment(
+        JobsReplica,
+        name="Jobs",
+        num_replicas=1,  # uploads and results lie on its disk
+        ray_actor_options={"num_cpus": settings.jobs.num_cpus, "num_gpus": settings.jobs.num_gpus},
+        max_ongoing_requests=JOB_CALLS,
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=8.0,
+        graceful_shutdown_wait_loop_s=0.1,
+    )
+    return engine.bind(given), jobs.bind(given), controller.bind(given)
 
 
 def _door(gateway: Any) -> Any:
@@ -356,14 +399,16 @@ class Service:
         self.stop()
 
     def _start_ray(self, settings: Settings, stack: contextlib.ExitStack, port: int) -> None:
-        cpus = max(LEAST_CPUS, int(settings.engine.replicas * settings.engine.num_cpus) + 1)
+        asked = settings.engine.replicas * settings.engine.num_cpus + settings.jobs.num_cpus
+        cpus = max(LEAST_CPUS, int(asked) + 1)
+        on_gpu = settings.engine.num_gpus or settings.jobs.num_gpus
         quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
         relay = logs.Relay()
         stack.callback(relay.stop)
         os.environ[logs.RELAY_VARIABLE] = relay.path  # Ray's workers inherit it
         stack.callback(os.environ.pop, logs.RELAY_VARIABLE, None)
         try:
-            stack.enter_context(ray_session("local", cpus=cpus, gpus=None if settings.engine.num_gpus else 0))
+            stack.enter_context(ray_session("local", cpus=cpus, gpus=None if on_gpu else 0))
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config=quiet)
             stack.callback(serve.shutdown)

@@ -132,7 +132,6 @@ class Job(Wire):
 
 
 Call = Callable[..., Awaitable[Any]]
-VERBS = ("open", "append", "submit", "abandon", "events", "annotated")
 
 
 class JobsDoor:
@@ -380,6 +379,8 @@ class JobRunner:
                 job = self._queue.popleft()
             with contextlib.suppress(_NotWanted):
                 self._run(job)
+            if self._stopping:
+                return  # `stop` says what became of it
             self._texts.pop(job.id, None)
             (self._dir / job.id / UPLOAD).unlink(missing_ok=True)
 
@@ -392,15 +393,18 @@ class JobRunner:
                 done["annotated_bytes"] = (self._dir / job.id / ANNOTATED).stat().st_size
         except _NotWanted:
             raise
-        except Exception as error:  # one bad video must not hurt the next
-            ours = isinstance(error, TSMError)
-            if not ours:
-                log.exception("job %s failed", job.id)
-            job = Job.model_validate_json(self._texts[job.id])
-            said = (
-                str(error).replace(str(self._dir / job.id / UPLOAD), "the video") if ours else "an error of the service"
-            )
-            done = {"state": "FAILED", "reason": error.reason if ours else "internal_error", "error": said}
+        except TSMError as error:
+            said = str(error).replace(str(self._dir / job.id / UPLOAD), "the video")
+            done = {"state": "FAILED", "reason": error.reason, "error": said}
+        except Exception:  # one bad video must not hurt the next
+            log.exception("job %s failed", job.id)
+            done = {
+                "state": "FAILED",
+                "reason": "internal_error",
+                "error": "an error of the service; its log says more",
+            }
+        if done["state"] == "FAILED":
+            job = Job.model_validate_json(self._texts[job.id])  # as far as it was told
         self._insist(job.model_copy(update={**done, "ended_at": time.time()}))
 
     def _infer(self, job: Job) -> Job:
@@ -413,7 +417,7 @@ class JobRunner:
             fps = round(frames / max(1e-6, time.monotonic() - began_s), 1)
             return job.model_copy(update={"progress": round(share, 4), "frames": frames, "fps": fps, "events": count})
 
-        results = infer_file(
+        results: Any = infer_file(
             folder / UPLOAD,
             self._loaded(job.model),
             name=job.model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -12,6 +12,7 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from typing_extensions import override
 
 from services.inference import InferReply, InferRequest, ModelBusy, ModelNotReady
+from services.jobs import JobsDoor, JobsDown
 from services.pushed import NotMine
 from services.schemas import Lease
 from services.sequences import Replicas
@@ -36,9 +37,10 @@ class Refusal:
 
 
 Answer = InferReply | Refusal
+T = TypeVar("T")
 
 
-async def answer_or_refusal(work: Awaitable[InferReply]) -> Answer:
+async def answer_or_refusal(work: Awaitable[T]) -> T | Refusal:
     """The result of the work, or the error of ours that it raised."""
     try:
         return await work
@@ -89,7 +91,25 @@ class ServeReplicas(Replicas):
             raise NotMine(f"{lease.owner} is gone or does not answer") from None
 
 
+def serve_jobs(handle: Any) -> JobsDoor:
+    """The runner of jobs behind a Serve handle."""
+
+    async def call(verb: str, *args: Any) -> Any:
+        try:
+            return _checked(await handle.call.remote(verb, *args))
+        except (ActorDiedError, ActorUnavailableError, DeploymentUnavailableError, BackPressureError):
+            raise JobsDown("the process that runs jobs does not answer; try again in a moment") from None
+
+    return JobsDoor(call)
+
+
 def _reply(answer: Answer) -> InferReply:
+    reply: InferReply = _checked(answer)
+    return reply
+
+
+def _checked(answer: Any) -> Any:
+    """An answer that is no refusal; raises the error that a refusal stands for."""
     if isinstance(answer, Refusal):
         raise answer.kind(answer.text, reason=answer.reason)
     return answer

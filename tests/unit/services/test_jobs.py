@@ -262,6 +262,7 @@ def test_an_orderly_end_leaves_no_job_running(store: StateStore, settings: Setti
     for job_id in ids:
         job = jobs_module.find_job(store, job_id)
         assert (job.state, job.reason) == ("FAILED", "runner_lost")
+        assert "stopped" in (job.error or "")
     assert store.documents(RUNNERS) == {}
     assert not any(thread.name == "jobs" for thread in threading.enumerate())
 
