@@ -36,6 +36,12 @@ class TokenExists(CallerError):
     reason = "token_exists"
 
 
+class LimitedAdmin(CallerError):
+    """An admin's token that is to reach some streams only."""
+
+    reason = "limited_admin"
+
+
 class TokenNotFound(CallerError):
     """There is no token of this id or name."""
 
@@ -82,7 +88,11 @@ class Tokens:
     def create(
         self, name: str, role: Role, streams: tuple[str, ...] | None = None, expires_s: float | None = None
     ) -> tuple[Token, str]:
-        """A new token, and its text, which is not kept. Raises TokenExists."""
+        """A new token, and its text, which is not kept. Raises TokenExists, LimitedAdmin."""
+        if role == "admin" and streams is not None:
+            raise LimitedAdmin(
+                "an admin makes tokens, and so reaches every stream: leave the streams out, or choose operator"
+            )
         if name in RESERVED or any(token.name == name for token in self.list()):
             raise TokenExists(f"a token {name!r} exists already; choose another name, or revoke that one first")
         token_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))

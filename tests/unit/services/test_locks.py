@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from pydantic import SecretStr
+from typer.testing import CliRunner
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from services.cli import app
 from services.http import guard
 from services.locks.callers import ADMIN, BadToken, Caller, Forbidden, Locks, NoToken
+from services.locks.first import TokenFileError, first_admin_token
 from services.locks.limits import Buckets, Feeds, TooManyFeeds, TooManyRequests
 from services.locks.tokens import TokenExists, TokenNotFound, Tokens
 from services.manager import StreamManager
+from services.schemas import state_event
 from services.settings import AuthSettings, ServerSettings, Settings, StoreSettings
 from services.store import MemoryStore, StateStore, open_store
 from tests.unit.services.http_kit import MODELS, serving
@@ -368,3 +374,142 @@ def test_a_feed_ends_when_its_token_is_revoked(monkeypatch: pytest.MonkeyPatch) 
             with pytest.raises(ConnectionClosed) as closed:
                 list(iter(lambda: socket.recv(10), None))
             assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "bad_token")
+
+
+# tokens of some streams
+
+
+def test_a_limited_token_sees_its_streams_alone() -> None:
+    settings = settings_of()
+    store = MemoryStore(StoreSettings())
+    with (
+        serving(StreamManager(store, settings, models=MODELS)) as url,
+        httpx.Client(base_url=url, trust_env=False) as client,
+    ):
+        _, text = Tokens(store).create("yard", "operator", ("yard-*",))
+        client.headers.update(bearer(text))
+        for name, token in (("door-1", SHARED), ("yard-1", text)):
+            body = {"id": name, "enabled": False, **CAMERA}
+            made = client.post("/v1/streams?probe=false", json=body, headers=bearer(token))
+            assert made.status_code == 201, made.text
+        assert client.post("/v1/streams?probe=false", json={"id": "door-2", **CAMERA}).status_code == 403
+        assert [one["id"] for one in client.get("/v1/streams").json()["streams"]] == ["yard-1"]
+        assert client.get("/v1/stats").json()["streams"] == 1
+        assert client.get("/v1/stats", headers=bearer(SHARED)).json()["streams"] == 2
+        assert client.get("/v1/events?stream=door-1").status_code == 403
+        listen = {"Accept": "text/event-stream"}
+        with (
+            connect(url.replace("http", "ws") + "/v1/ws", additional_headers=bearer(text)) as socket,
+            client.stream("GET", "/v1/events", headers=listen) as feed,
+        ):
+            lines = feed.iter_lines()
+            assert next(lines) == ": open"
+            told = [json.loads(socket.recv(10))]
+            for name in ("door-1", "yard-1"):
+                lease = store.assign(name, "engine-1")
+                event = state_event(name, "STARTING", "RUNNING", "", time.time())
+                store.publish(lease, events=[event], scores=[{"model": "motion9", "stream_id": name}])
+            assert next(line for line in lines if line.startswith("id: ")) == "id: yard-1:1"
+            kinds = set()
+            while kinds < {"streams", "status", "event"}:
+                told.append(json.loads(socket.recv(10)))
+                kinds.add(told[-1]["type"])
+        assert "door-1" not in json.dumps(told)
+        found = client.get("/v1/events").json()["events"]
+        assert [event["partitionkey"] for event in found] == ["yard-1"]
+        assert len(client.get("/v1/events", headers=bearer(SHARED)).json()["events"]) == 2
+
+
+def test_an_admins_token_cannot_be_limited() -> None:
+    with door(settings_of()) as (client, _):
+        body = {"name": "chief", "role": "admin", "streams": ["yard-*"]}
+        answer = client.post("/v1/tokens", json=body, headers=bearer(SHARED))
+        assert (answer.status_code, answer.json()["reason"]) == (422, "limited_admin")
+
+
+# the first token
+
+
+def test_the_first_start_makes_a_token_and_says_where(tmp_path: Path) -> None:
+    store = MemoryStore(StoreSettings())
+    settings = settings_of(admin_token=None).model_copy(update={"store": StoreSettings(data_dir=tmp_path / "data")})
+    file = first_admin_token(store, settings)
+    assert file == tmp_path / "data" / "admin-token"
+    assert file.stat().st_mode & 0o777 == 0o600
+    text = file.read_text().strip()
+    assert Locks(store, settings).caller(f"Bearer {text}").role == "admin"
+    assert first_admin_token(store, settings) == file
+    assert file.read_text().strip() == text, "made once"
+    file.unlink()
+    assert first_admin_token(store, settings) is None, "somebody has it"
+    (token,) = Tokens(store).list()
+    Tokens(store).revoke(token.id)
+    again = first_admin_token(store, settings)
+    assert again is not None
+    assert again.read_text().strip() != text
+
+
+def test_no_first_token_where_none_is_wanted_or_one_was_brought(tmp_path: Path) -> None:
+    for settings in (Settings(), settings_of()):
+        settings = settings.model_copy(update={"store": StoreSettings(data_dir=tmp_path / "data")})
+        assert first_admin_token(MemoryStore(), settings) is None
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_first_token_that_cannot_be_kept_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("in the way")
+    store = MemoryStore(StoreSettings())
+    settings = settings_of(admin_token=None).model_copy(update={"store": StoreSettings(data_dir=tmp_path / "data")})
+    with pytest.raises(TokenFileError, match="TSM_AUTH__ADMIN_TOKEN"):
+        first_admin_token(store, settings)
+    assert not Tokens(store).list()
+
+
+# the command line
+
+
+def test_the_command_line_makes_lists_and_revokes_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(StoreSettings())
+    run = CliRunner().invoke
+    with serving(StreamManager(store, settings_of(), models=MODELS)) as url:
+        monkeypatch.setenv("TSM_SERVER", url)
+        nobody = run(app, ["streams", "list"])
+        assert (nobody.exit_code, "reason: token_required" in nobody.stderr) == (2, True)
+        monkeypatch.setenv("TSM_TOKEN", SHARED)
+        made = run(app, ["tokens", "create", "yard", "--role", "operator", "--streams", "yard-*", "--expires", "30d"])
+        assert made.exit_code == 0, made.stderr
+        text = made.stdout.strip()
+        assert re.fullmatch(r"tsm_\w+", text)
+        (token,) = json.loads(run(app, ["tokens", "list", "--json"]).stdout)
+        assert (token["name"], token["streams"]) == ("yard", ["yard-*"])
+        assert token["expires_at"] == pytest.approx(time.time() + 30 * 86400, abs=60)
+        assert "yard-*" in run(app, ["tokens", "list"]).stdout
+        monkeypatch.delenv("TSM_TOKEN")
+        file = tmp_path / "token"
+        file.write_text(f"{text}\n")
+        assert run(app, ["--token-file", str(file), "streams", "list", "--json"]).stdout.strip() == "[]"
+        monkeypatch.setenv("TSM_TOKEN", SHARED)
+        assert run(app, ["tokens", "revoke", "yard"]).exit_code == 0
+        monkeypatch.setenv("TSM_TOKEN", text)
+        late = run(app, ["streams", "list"])
+        assert (late.exit_code, "reason: bad_token" in late.stderr) == (2, True)
+        assert text not in late.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "token", "reason"),
+    [
+        (["--token-file", "{file}.none", "streams", "list"], "", "token_unreadable"),
+        (["--token-file", "{file}", "streams", "list"], "", "token_unreadable"),
+        (["streams", "list"], "tök", "token_unreadable"),
+        (["tokens", "create", "a", "--role", "viewer", "--expires", "soon"], SHARED, "bad_duration"),
+    ],
+)
+def test_tokens_that_cannot_be_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], token: str, reason: str
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("two words")
+    monkeypatch.setenv("TSM_TOKEN", token)
+    done = CliRunner().invoke(app, [word.format(file=file) for word in args])
+    assert (done.exit_code, f"reason: {reason}" in done.stderr) == (2, True), done.output
