@@ -29,7 +29,7 @@ ACK_S = 5.0  # longest wait for the broker's acknowledgements; it may come back 
 SESSION_S = 3600  # how long the broker keeps our session while we are away
 RECONNECT_S = (1, 15)
 Message = tuple[str, bytes]  # topic, payload
-SILENT = {"STOPPED", "FAILED", "ENDED"}  # states in which nothing goes on in a stream
+SILENT = {"STOPPED", "PAUSED", "FAILED", "ENDED"}  # states in which nothing goes on in a stream
 OFFLINE, ONLINE = "offline", "online"
 
 
