@@ -1,4 +1,4 @@
-"""Writes the generated tables: README.md's settings and measured results, docs/zoo.md's rows.
+"""Writes the generated tables: README.md's settings and measured results, docs/zoo.md's rows, the metrics.
 
 `python docs/tables.py` writes, `python docs/tables.py --check` fails when something is out of date.
 """
@@ -10,9 +10,11 @@ import re
 import sys
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, SecretStr
 
 from services.settings import Settings
+from services.telemetry import DoorTelemetry, EngineFigures, Registered, StreamFigures, Telemetry, merge
 from tsm_core.cost import multiply_adds, parameters
 from tsm_core.recipes import JESTER_ONLINE, MIT_ROWS, PAGE_ROWS, SUCCESSOR_ROWS, Accuracy, Recipe
 
@@ -35,6 +37,24 @@ def settings_table() -> str:
                 value = ", ".join(getattr(item, "name", str(item)) for item in value)
             shown = "" if value is None or value == "" or isinstance(value, SecretStr) else f"`{value}`"
             lines.append(f"| `TSM_{section.upper()}__{name.upper()}` | {shown} | {knob.description} |")
+    return "\n".join(lines)
+
+
+def metrics_table() -> str:
+    """One row per metric, as an exposition with everything in it has them."""
+    stream = StreamFigures("door", "RUNNING", 15.0, 1, 1, {}, {}, 1.0)
+    figures = EngineFigures(streams=(stream,), models=("motion9",), requests={"motion9": 0})
+    replica, door = Telemetry(lambda: figures), DoorTelemetry("gateway")
+    replica.models(["motion9"])
+    replica.published("door", 0.1)
+    door.http("GET", "/v1/streams", 200, 0.1)
+    door.grpc("/tsm.v1.StreamService/GetStream", "OK", 0.1)
+    lines = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for family in text_string_to_metric_families(merge({"r": replica.text(), "g": door.text()}, [Registered({}, 0)])):
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le", "replica"})
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        shown = ", ".join(f"`{label}`" for label in labels)
+        lines.append(f"| `{name}` | {family.type} | {shown} | {family.documentation} |")
     return "\n".join(lines)
 
 
@@ -129,6 +149,7 @@ def _parity(row: Recipe) -> str:
 PAGES = {
     ROOT / "README.md": {"settings": settings_table, "results": results_table},
     ROOT / "docs" / "zoo.md": {"page": page_table, "further": further_table},
+    ROOT / "docs" / "observability.md": {"metrics": metrics_table},
 }
 
 
