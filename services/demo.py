@@ -250,6 +250,8 @@ def run(settings: Settings, seconds: float | None = None, say: Callable[[str], N
         if DETECTOR in available_models([settings.models.folder]):
             names = list(dict.fromkeys([*names, DETECTOR]))
             settings = with_model(settings, DETECTOR)
+        if "level" not in settings.logger.model_fields_set:  # its terminal is for events
+            settings = settings.model_copy(update={"logger": settings.logger.model_copy(update={"level": "WARNING"})})
         say("starting the service: store, controller, engine replicas, page (some 20 s) ...")
         service = run_service(settings)
         stack.callback(service.stop)
@@ -262,6 +264,8 @@ def run(settings: Settings, seconds: float | None = None, say: Callable[[str], N
                 body = {"id": stream, "source": {"uri": url}, "models": [{"name": name} for name in names]}
                 http.post("/v1/streams", json=body).raise_for_status()
         say(f"page: {service.url}/")
+        if service.grpc:
+            say(f"gRPC: {service.grpc}")
         wait_running(store, streams)
         say(f"cameras: {', '.join(simulator.urls)}")
         say("Ctrl-C ends the demo" if seconds is None else f"running for {seconds:.0f} s ...")
