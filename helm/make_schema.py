@@ -19,7 +19,11 @@ CHART = Path(__file__).resolve().parent / "tsm-live"
 SCHEMA = CHART / "values.schema.json"
 
 # what the chart itself decides, or what must not stand in plain text
-NOT_OURS = {"server": ("host", "port"), "store": ("url", "state_url", "data_dir")}
+NOT_OURS = {
+    "server": ("host", "port", "grpc_port", "grpc_reflection"),
+    "auth": ("required", "admin_token", "viewer_token"),
+    "store": ("url", "state_url", "data_dir", "encryption_key", "encryption_key_file", "encryption_keys_old"),
+}
 # what a default does not tell
 FURTHER: dict[str, dict[str, Any]] = {
     "image.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},

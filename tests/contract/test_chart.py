@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import importlib
 import json
+import pkgutil
 import os
 import re
 import shutil
@@ -20,10 +22,12 @@ import pytest
 import redis
 import yaml
 from jsonschema import Draft202012Validator
+from pydantic import SecretStr
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from services.embedded import find_server
+from services.settings import AuthSettings, key_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "tsm-live"
@@ -31,28 +35,33 @@ CRDS = Path(os.environ.get("TSM_KUBERAY_CRDS_DIR", ROOT.parent / "shared" / "kub
 SECRET = {"existingSecret": "its-password", "existingSecretPasswordKey": "key"}
 EXTERNAL = {"redis": {"enabled": False}, "externalRedis": {"host": "redis.example", **SECRET}}
 GPUS = {"config": {"engine": {"num_gpus": 0.5}}, "workerGroups": {"gpu": {"enabled": True, "gpus": 2}}}
+WATCHED = {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}}
 MATRIX: dict[str, dict[str, Any]] = {
     "as it is": {},
     "external store": EXTERNAL,
     "external store over TLS": {**EXTERNAL, "externalRedis": {"host": "r", "tls": True, "username": "tsm", **SECRET}},
     "external store without password": {"redis": {"enabled": False}, "externalRedis": {"host": "redis.example"}},
     "own store, given secret": {"redis": SECRET, "gcsFaultTolerance": {"enabled": False}},
+    "given tokens": {"tokens": {"existingSecret": "its-tokens", "existingSecretAdminKey": "a"}, **WATCHED},
+    "given key": {"encryption": {"existingSecret": "its-key", "existingSecretKey": "base64"}},
     "own store without disk": {"redis": {"persistence": {"enabled": False}}},
     "own store on a class": {"redis": {"persistence": {"storageClass": "fast", "annotations": {"a": "b"}}}},
     "gpus": GPUS,
     "gpus alone": {**GPUS, "workerGroups": {"gpu": {"enabled": True}, "cpu": {"enabled": False}}},
     "autoscaling": {"autoscaling": {"enabled": True}},
     "autoscaling on gpus": {**GPUS, "autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 16}},
+    "no gRPC": {"grpc": {"enabled": False}, "ingress": {"enabled": True}},
     "both doors from outside": {
         "ingress": {"enabled": True, "className": "nginx"},
-        "grpc": {"servicerFunctions": ["tsm_pb2_grpc.add_StreamServiceServicer_to_server"]},
+        "grpc": {"reflection": True},
         "networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"name": "ingress"}}}]},
     },
     "ingress without TLS": {"ingress": {"enabled": True, "tls": {"enabled": False}}},
     "load balancer": {"service": {"type": "LoadBalancer", "annotations": {"cloud/kind": "internal"}}},
     "watched": {
-        "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        **WATCHED,
         "prometheusRule": {"enabled": True},
+        "grafanaDashboard": {"enabled": True, "labels": {"team": "video"}},
     },
     "no policy, no HAProxy": {"networkPolicy": {"enabled": False}, "proxy": {"haproxy": False}},
     "in place": {"upgrade": {"strategy": "None"}, "gateway": {"replicas": 1}},
@@ -276,7 +285,11 @@ def test_what_refers_to_something_finds_it(rendered, name: str):
             least = sum(group["minReplicas" if autoscaling else "replicas"] for group in workers)
             assert spec["minAvailable"] < max(1, least)
             assert any(selects(spec["selector"], each) for each in labels)
-    secrets = {one["metadata"]["name"] for one in found if one["kind"] == "Secret"} | {"its-password"}
+    secrets = {one["metadata"]["name"] for one in found if one["kind"] == "Secret"} | {
+        "its-password",
+        "its-key",
+        "its-tokens",
+    }
     secrets.add(MATRIX[name].get("externalRedis", {}).get("existingSecret"))
     text = json.dumps(found)
     for reference in re.findall(r'"secretKeyRef": \{[^}]*\}', text):
@@ -308,7 +321,7 @@ def test_ray_serve_reads_the_deployment(rendered, monkeypatch, name: str):
             r"rediss?://((tsm)?:\$\(STORE_PASSWORD\)@)?[a-z.-]+:6379/1", environment["TSM_STORE__URL"]
         ), "the password is filled in inside the pod alone"
     for variable, value in environment.items():
-        if variable.startswith("TSM_"):
+        if variable.startswith("TSM_") and value:  # the others come from secrets
             monkeypatch.setenv(variable, value.replace("$(STORE_PASSWORD)", "secret"))
     settings = load_settings(data=app.args)
     wanted = MATRIX[name].get("config", {}).get("engine", {})
@@ -316,6 +329,12 @@ def test_ray_serve_reads_the_deployment(rendered, monkeypatch, name: str):
     assert settings.engine.num_gpus == wanted.get("num_gpus", 0)
     assert settings.engine.slots == wanted.get("slots", 64)
     assert deploy.http_options.port == 8000
+    wanted_grpc = MATRIX[name].get("grpc", {})
+    functions = deploy.grpc_options.grpc_servicer_functions
+    assert len([pkgutil.resolve_name(function) for function in functions]) == 2 * wanted_grpc.get("enabled", True)
+    if functions:
+        assert deploy.grpc_options.port == 9000
+        assert deploy.grpc_options.enable_reflection == wanted_grpc.get("reflection", False)
     deployments = {one.name: one for one in app.deployments}
     assert {"Gateway", "Controller"} <= set(deployments) <= {"Gateway", "Controller", "Engine"}
     if "Engine" in deployments:
@@ -325,6 +344,12 @@ def test_ray_serve_reads_the_deployment(rendered, monkeypatch, name: str):
         SlotsInUse(**policy["policy_kwargs"])
         assert scaling["min_replicas"] <= scaling["initial_replicas"] <= scaling["max_replicas"]
     assert ("Engine" in deployments) == service["spec"]["rayClusterConfig"]["enableInTreeAutoscaling"]
+
+
+def test_a_door_that_is_shut_leaves_nothing_behind(rendered):
+    found = rendered["no gRPC"]
+    assert [one["metadata"]["name"] for one in found if one["kind"] == "Ingress"] == ["demo-tsm-live"]
+    assert "9000" not in yaml.safe_dump(found)
 
 
 def test_doors_from_outside(rendered):
@@ -408,6 +433,52 @@ def test_the_training_command_parses(rendered, name: str):
     assert (given.workers, str(int(given.gpus))) == (group["replicas"], group["rayStartParams"]["num-gpus"])
     volumes = {volume["name"] for volume in group["template"]["spec"]["volumes"]}
     assert ("work" in volumes) == (name != "training to a bucket")
+
+
+@pytest.mark.parametrize(("name", "secret", "key"), [("as it is", None, "key"), ("given key", "its-key", "base64")])
+def test_every_pod_of_the_service_can_open_what_is_sealed(rendered, name: str, secret: str | None, key: str):
+    found = rendered[name]
+    made = [one for one in found if one["kind"] == "Secret" and one["metadata"]["name"].endswith("-encryption")]
+    assert len(made) == (secret is None)
+    for one in made:
+        assert one["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+        assert len(key_bytes(SecretStr(base64.b64decode(one["data"][key]).decode()))) == 32
+    for pod, template in pods([only(found, "RayService")]):
+        environment = {one["name"]: one for one in template["spec"]["containers"][0]["env"]}
+        asked = environment["TSM_STORE__ENCRYPTION_KEY"]["valueFrom"]["secretKeyRef"]
+        assert asked == {"name": secret or made[0]["metadata"]["name"], "key": key}, pod
+
+
+@pytest.mark.parametrize(
+    ("name", "secret", "keys"),
+    [("watched", None, ("admin", "viewer")), ("given tokens", "its-tokens", ("a", "viewer"))],
+)
+def test_who_asks_the_doors_has_a_token(rendered, name: str, secret: str | None, keys: tuple[str, str]):
+    found = rendered[name]
+    made = [one for one in found if one["kind"] == "Secret" and one["metadata"]["name"].endswith("-tokens")]
+    assert len(made) == (secret is None)
+    for one in made:
+        assert one["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+        tokens = [SecretStr(base64.b64decode(one["data"][key]).decode()) for key in keys]
+        AuthSettings(admin_token=tokens[0], viewer_token=tokens[1])
+        assert tokens[0] != tokens[1]
+    where = secret or made[0]["metadata"]["name"]
+    asked = [{"name": where, "key": key} for key in keys]
+    for pod, template in pods([only(found, "RayService")]):
+        environment = {one["name"]: one for one in template["spec"]["containers"][0]["env"]}
+        given = [environment[f"TSM_AUTH__{who}_TOKEN"]["valueFrom"]["secretKeyRef"] for who in ("ADMIN", "VIEWER")]
+        assert given == asked, pod
+    assert only(found, "ScrapeConfig")["spec"]["authorization"] == {"credentials": asked[1]}
+    (container,) = only(found, "Pod")["spec"]["containers"]
+    assert container["env"] == [{"name": "TOKEN", "valueFrom": {"secretKeyRef": asked[1]}}]
+
+
+def test_grafanas_sidecar_finds_the_dashboard(rendered):
+    found = only(rendered["watched"], "ConfigMap", "-dashboard")
+    assert found["metadata"]["labels"].items() >= {("grafana_dashboard", "1"), ("team", "video")}
+    same = json.loads((ROOT / "deploy" / "grafana" / "tsm-live.json").read_text())
+    assert {name: json.loads(text) for name, text in found["data"].items()} == {"tsm-live.json": same}
+    assert not any(one["kind"] == "ConfigMap" for one in rendered["as it is"])
 
 
 def test_the_page_has_commands():

@@ -68,6 +68,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{- define "tsm.tokensSecret" -}}
+{{- .Values.tokens.existingSecret | default (printf "%s-tokens" (include "tsm.fullname" .)) -}}
+{{- end -}}
+
+{{- define "tsm.encryptionSecret" -}}
+{{- .Values.encryption.existingSecret | default (printf "%s-encryption" (include "tsm.fullname" .)) -}}
+{{- end -}}
+
 {{- define "tsm.storeScheme" -}}
 {{- if and (not .Values.redis.enabled) .Values.externalRedis.tls -}}rediss{{- else -}}redis{{- end -}}
 {{- end -}}
@@ -106,6 +114,21 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - name: TSM_STORE__STATE_URL
   value: {{ printf "redis://%s%s-state:6379/0" $login (include "tsm.fullname" .) | quote }}
 {{- end }}
+- name: TSM_AUTH__ADMIN_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "tsm.tokensSecret" . }}
+      key: {{ .Values.tokens.existingSecretAdminKey }}
+- name: TSM_AUTH__VIEWER_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "tsm.tokensSecret" . }}
+      key: {{ .Values.tokens.existingSecretViewerKey }}
+- name: TSM_STORE__ENCRYPTION_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "tsm.encryptionSecret" . }}
+      key: {{ .Values.encryption.existingSecretKey }}
 {{- with .Values.extraEnv }}
 {{ toYaml . }}
 {{- end }}
@@ -188,8 +211,9 @@ securityContext: {{- toYaml .root.Values.securityContext | nindent 2 }}
 {{- $app := dict "name" "tsm" "route_prefix" "/" "import_path" "services.app:cluster_application" "args" .Values.config "deployments" $deployments -}}
 {{- $serve := dict "proxy_location" "EveryNode" "http_options" (dict "host" "0.0.0.0" "port" 8000) "applications" (list $app) -}}
 {{- $serve = set $serve "logging_config" (dict "encoding" "JSON" "enable_access_log" false) -}}
-{{- with .Values.grpc.servicerFunctions -}}
-{{- $serve = set $serve "grpc_options" (dict "port" 9000 "grpc_servicer_functions" .) -}}
+{{- if .Values.grpc.enabled -}}
+{{- $functions := list "services.rpc.cluster.add_streams" "services.rpc.cluster.add_inference" -}}
+{{- $serve = set $serve "grpc_options" (dict "port" 9000 "grpc_servicer_functions" $functions "enable_reflection" .Values.grpc.reflection) -}}
 {{- end -}}
 {{- toYaml $serve -}}
 {{- end -}}
