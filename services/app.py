@@ -37,8 +37,9 @@ from services.locks.vault import HOW, vault_of, with_key
 from services.manager import StreamManager, served_models
 from services.ports import listen, shown_host
 from services.replicas import MAX_CALLS, Answer, OwnerRouter, ServeReplicas, answer_or_refusal, replica_name, serve_jobs
+from services.rpc.cluster import grpc_ingress
 from services.rpc.open_inference import inference_service
-from services.rpc.server import GrpcDoor
+from services.rpc.server import GrpcDoor, RpcService
 from services.rpc.streams import stream_service
 from services.schemas import Lease
 from services.settings import Settings, SettingsError, StoreSettings, load_settings
@@ -197,20 +198,25 @@ def _open_grpc(
     server = settings.server
     if server.grpc_port is None:
         return None
-    services = [stream_service(manager, app.state.hub), inference_service(inference)]
     return GrpcDoor(
         host,
         server.grpc_port,
-        services,
+        _rpc_services(manager, app, inference),
         app.state.locks,
         with_reflection=server.grpc_reflection,
+        max_message_bytes=server.max_infer_bytes,
         telemetry=app.state.telemetry,
     )
 
 
+def _rpc_services(manager: StreamManager, app: FastAPI, inference: Inference) -> list[RpcService]:
+    return [stream_service(manager, app.state.hub), inference_service(inference)]
+
+
 @serve.ingress()
+@grpc_ingress
 class ClusterGateway:
-    """Shell around the HTTP door on a cluster, where Serve's proxy on every node leads to it; keeps nothing."""
+    """Shell around both doors on a cluster, where Serve's proxy on every node leads to it; keeps nothing."""
 
     def __init__(self, given: Settings | dict[str, Any], engine: Any, jobs: Any, *_: Any) -> None:
         settings = enter_actor(given)
@@ -221,6 +227,11 @@ class ClusterGateway:
         gateway_id = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
         manager = StreamManager(self._store, settings)
         self._http = http_app(manager, settings, inference, gateway_id, serve_jobs(jobs))
+        state = self._http.state
+        self.rpc: dict[str, Any] = {}
+        for service in _rpc_services(manager, self._http, inference):
+            state.telemetry.calls(service.paths())
+            self.rpc |= service.guarded(state.locks, state.telemetry)
         self._reporter = Reporter(self._store, self._http.state.telemetry)
 
     def __serve_build_asgi_app__(self) -> Any:

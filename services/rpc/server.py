@@ -84,6 +84,10 @@ class RpcService:
     servicer: object
     roles: Mapping[str, Role]
 
+    def paths(self) -> list[str]:
+        """The full names of the methods, `/package.Service/Method`."""
+        return [f"/{self.descriptor.full_name}/{method.name}" for method in self.descriptor.methods]
+
     def role(self, method: str) -> Role:
         """The least role for a method."""
         return self.roles.get(method, "admin")
@@ -235,7 +239,7 @@ class GrpcDoor:
     ) -> None:
         self._telemetry = telemetry
         if telemetry is not None:
-            telemetry.calls(f"/{one.descriptor.full_name}/{m.name}" for one in services for m in one.descriptor.methods)
+            telemetry.calls(path for service in services for path in service.paths())
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(THREADS, "grpc-call"))
         self._thread = threading.Thread(target=self._run, name="grpc", daemon=True)

@@ -6,8 +6,8 @@ import base64
 import copy
 import importlib
 import json
-import pkgutil
 import os
+import pkgutil
 import re
 import shutil
 import socket
@@ -377,7 +377,7 @@ def test_nobody_else_reaches_rays_ports(rendered):
     for rule in others:
         ports = {port["port"] for port in rule["ports"]}
         operator = any("kuberay" in json.dumps(peer) for peer in rule["from"])
-        assert ports <= ({8000, 8265, 52365} if operator else {8000})
+        assert ports <= ({8000, 8265, 52365} if operator else {8000, 9000})
     store = only(rendered["as it is"], "NetworkPolicy", "-store")["spec"]
     assert store["egress"] == []
     assert {port["port"] for rule in store["ingress"] for port in rule["ports"]} == {6379}

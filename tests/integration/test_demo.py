@@ -27,7 +27,7 @@ def test_demo_scores_itself_on_a_bare_machine(tmp_path: Path):
     hidden = {"DISPLAY", "WAYLAND_DISPLAY", "FFMPEG_BINARY", "TSM_STORE__URL"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment["PATH"] = str(bare)
-    environment["TSM_SERVER__PORT"] = "0"
+    environment |= {"TSM_SERVER__PORT": "0", "TSM_SERVER__GRPC_PORT": "0"}
     before = {process.pid for process in psutil.process_iter()}
 
     done = subprocess.run(
