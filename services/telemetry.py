@@ -142,7 +142,7 @@ class _Live(Collector):
             if ages:
                 age.add_metric([label], max(ages))
         pending = GaugeMetricFamily("inference_pending_request_count", "Requests without an answer", labels=["model"])
-        for model, count in now.requests.items():
+        for model, count in _summed(now.models, [now.requests]):
             pending.add_metric([model], count)
         running = sum(stream.state == "RUNNING" for stream in now.streams)
         lost = CounterMetricFamily("publish_lost", "Records that did not fit while the store was down", labels=["kind"])

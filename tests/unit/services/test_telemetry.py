@@ -126,6 +126,7 @@ def test_what_did_not_happen_is_zero_from_the_beginning():
         "rtsp_inbound_rtp_packets_lost_total": [(("stream", "door"),)],
         "inbound_frames_in_error_total": [(("stream", "door"),)],
         "inference_request_failure_total": [(("model", "motion9"), ("reason", "step_failed"))],
+        "inference_pending_request_count": [(("model", "motion9"),)],
         "store_errors_total": [(("verb", "save"),)],
         "publish_lost_total": [(("kind", "event"),)],
         "stream_migrations_total": [()],
