@@ -202,7 +202,7 @@ def test_errors_have_their_text(door: Door):
         (lambda: door.ask("frame", frame, "nope"), "'nope'"),
         (lambda: door.ask("frame", frame, model_version="4"), "has no version '4'"),
         (lambda: door.ask("frame", frame[..., :2]), r"needed is FP32"),
-        (lambda: door.ask("image", blobs(b"x")), "image"),
+        (lambda: door.ask("image", blobs(b"x")), "neither JPEG nor PNG"),
         (lambda: door.ask("frame", frame, outputs=[door.kind.InferRequestedOutput("boxes")]), "boxes"),
     ):
         with pytest.raises(InferenceServerException, match=told):
