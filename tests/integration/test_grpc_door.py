@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -19,6 +21,7 @@ from tests.integration.conftest import RunningService
 
 pytestmark = pytest.mark.timeout(180)
 EVENTS = 6
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "grpc.md"
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,23 @@ def test_events_of_a_camera_outlive_a_lost_connection(service: RunningService, c
             streams.DeleteStream(pb.DeleteStreamRequest(stream_id="over-grpc"), timeout=30)
         assert list(ending)[-1].gone == "over-grpc"
         assert ending.code() == grpc.StatusCode.OK
+
+
+def test_what_the_page_says_works(service: RunningService, capsys: pytest.CaptureFixture[str]):
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("127.0.0.1:9000", service.grpc), names)
+    assert re.fullmatch(r"door-1 STREAM_STATE_[A-Z]+\n", capsys.readouterr().out)
+    with grpc.insecure_channel(service.grpc) as channel:
+        streams = StreamServiceStub(channel)
+        stream = pb.Stream(id="followed", source=pb.Source(uri="rtsp://127.0.0.1:9/x"))
+        streams.CreateStream(pb.CreateStreamRequest(stream=stream, probe=False), timeout=30)
+        try:
+            first = next(event for event in names["follow"](streams, {}) if event.partitionkey == "followed")
+            assert (first.type, first.sequence) == ("tsm.v1.stream.state", 1)
+        finally:
+            streams.DeleteStream(pb.DeleteStreamRequest(stream_id="followed"), timeout=30)
 
 
 def events_through(target: str, after: int, how_many: int) -> Iterator[int]:
