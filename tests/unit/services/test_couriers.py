@@ -18,7 +18,7 @@ from services.couriers.courier import Ledger
 from services.couriers.mqtt import MqttSink
 from services.couriers.office import Couriers, sink_views
 from services.couriers.sink import SinkUnavailable
-from services.couriers.webhook import seconds_of, signed
+from services.couriers.webhook import seconds_of, signed, signing_keys
 from services.manager import StreamManager
 from services.settings import MqttSettings, Settings, SettingsError, StoreSettings, load_settings
 from services.store import MemoryStore, StateStore
@@ -201,7 +201,7 @@ def test_two_secrets_sign_both(receiver: Receiver, tmp_path: Path) -> None:
             wait_for(lambda n=n: len(receiver.events) == n + 1, "the event")
     assert receiver.wrong == []
     assert receiver.requests[0]["content-type"] == "application/cloudevents+json"
-    assert receiver.requests[0]["webhook-id"] == receiver.events[0]["id"]
+    assert receiver.requests[0]["webhook-id"] == receiver.events[0]["id"].replace(".", "_")
     assert set(receiver.events[0]) >= {"specversion", "id", "source", "type", "time", "data", "sequence"}
     assert all(name.isalnum() for name in receiver.events[0]), "names that CloudEvents allows"
 
@@ -333,6 +333,13 @@ def test_the_documented_verification_verifies() -> None:
         assert not names["verify"](secret, headers, body + b" ")
         assert not names["verify"](secret, signed([KEYS[0]], "1", time.time() - 400, body), body)
     assert not names["verify"](SECRETS[1], signed([KEYS[0]], "1", time.time(), body), body)
+
+
+def test_the_documented_command_makes_a_secret(receiver: Receiver) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "events.md").read_text()
+    (command,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    made = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True).stdout.strip()
+    assert len(signing_keys(hook(receiver, secrets=[made]).webhooks.sinks[0])[0]) == 32
 
 
 def test_the_documented_settings_are_settings(tmp_path: Path) -> None:
