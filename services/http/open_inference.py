@@ -403,6 +403,9 @@ def _model_routes(
         f"{path}/infer",
         summary="Infer",
         response_model=InferenceResponse,
+        responses={
+            200: {"content": {"application/octet-stream": {}}, "description": "JSON, or JSON with bytes behind"}
+        },
         openapi_extra=_body(InferenceRequest, "application/octet-stream"),
     )
     async def infer(

@@ -374,6 +374,9 @@ def test_the_schema_has_every_route(client: httpx.Client):
     body = paths[INFER.replace("colours", "{model}")]["post"]["requestBody"]["content"]
     assert set(body) == {"application/json", "application/octet-stream"}
     assert "$ref" not in json.dumps(body)
+    answers = paths[INFER.replace("colours", "{model}")]["post"]["responses"]
+    assert set(answers["200"]["content"]) == set(body)
+    assert answers["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("/InferenceError")
     assert paths["/v2/repository/models/{model}/load"]["post"]["x-tsm-role"] == "admin"
     assert {"model", "version"} == {
         one["name"] for one in paths["/v2/models/{model}/versions/{version}"]["get"]["parameters"]
