@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from collections.abc import AsyncGenerator, Callable, Collection
 from typing import Any
@@ -12,6 +11,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.feed import Hub, Message
+from services.http.cursors import decode_cursor, encode_cursor
 from services.http.feeds import HEARTBEAT_S
 from services.http.streams import NewStream, StreamChanges
 from services.locks.callers import Caller
@@ -65,22 +65,22 @@ class Streams:
         return stream_message(await asyncio.to_thread(self._manager.get, request.stream_id))
 
     async def ListStreams(self, request: pb.ListStreamsRequest, call: Call) -> pb.ListStreamsResponse:  # noqa: N802
-        """A page of the streams that the caller may see, ordered by id. Raises InvalidMessage."""
+        """A page of the streams that the caller may see, ordered by id. Raises InvalidMessage, BadCursor."""
         size = request.page_size or PAGE_SIZE
         if not 0 < size <= MAX_PAGE_SIZE:
             raise InvalidMessage(f"page_size must be 1 to {MAX_PAGE_SIZE}, or 0 for {PAGE_SIZE}; got {size}")
-        behind = _id_of_token(request.page_token)
-        state = enum_name(pb.StreamState.DESCRIPTOR, request.state) if request.state else None
+        behind = decode_cursor("streams", request.page_token, str)[0] if request.page_token else ""
+        states = {enum_name(pb.StreamState.DESCRIPTOR, state) for state in request.states}
         found = [
             view
             for view in await asyncio.to_thread(self._manager.streams)
             if view.id > behind
             and call.caller.sees(view.id)
-            and state in (None, view.status.state)
+            and (not states or view.status.state in states)
             and request.tags.items() <= view.tags.items()
         ]
         page = found[:size]
-        token = _token_of_id(page[-1].id) if len(found) > size else ""
+        token = encode_cursor("streams", page[-1].id) if len(found) > size else ""
         return pb.ListStreamsResponse(streams=map(stream_message, page), next_page_token=token)
 
     async def UpdateStream(self, request: pb.UpdateStreamRequest, call: Call) -> pb.Stream:  # noqa: N802
@@ -138,7 +138,7 @@ class Streams:
             while True:
                 views = {
                     view.id: view
-                    for view in await asyncio.to_thread(self._manager.streams)
+                    for view in await asyncio.to_thread(self._manager.streams, sequences=bool(named))
                     if _wanted(view.id, named, call.caller)
                 }
                 for gone in shown.keys() - views.keys():
@@ -188,7 +188,8 @@ class Streams:
                 if not messages:
                     yield pb.ReceiveEventsResponse(heartbeat=_heartbeat())
                 stale = {message["stream_id"] for message in messages if message["type"] == "event"}
-                if subscription.missed > missed or any(message["type"] != "event" for message in messages):
+                only_events = messages and all(message["type"] == "event" for message in messages)
+                if subscription.missed > missed or not only_events:
                     missed = subscription.missed  # what found no room may have been of any stream
                     present = await self._present(named, call.caller)
                     stale |= present
@@ -202,7 +203,7 @@ class Streams:
 
     async def _present(self, named: Collection[str], caller: Caller) -> set[str]:
         specs = await asyncio.to_thread(self._manager.store.list_streams)
-        return {spec.id for spec in specs if _wanted(spec.id, named, caller)}
+        return {spec.id for spec in specs if _wanted(spec.id, named, caller) and (named or not spec.source.is_pushed)}
 
     def _begin(self, stream_ids: Collection[str], request: pb.ReceiveEventsRequest) -> dict[str, int]:
         """The sequence behind which each stream begins."""
@@ -262,20 +263,6 @@ def _what_matters(view: StreamView) -> tuple[Any, ...]:
     """What makes a watcher hear of a stream again: not its counters, which change with every frame."""
     status = view.status
     return view.etag, status.state, status.status_message, status.error_code, status.worker, status.epoch
-
-
-def _token_of_id(stream_id: str) -> str:
-    return base64.urlsafe_b64encode(stream_id.encode()).decode().rstrip("=")
-
-
-def _id_of_token(token: str) -> str:
-    """The id behind which a page begins. Raises InvalidMessage."""
-    try:
-        return base64.b64decode(token + "=" * (-len(token) % 4), b"-_", validate=True).decode()
-    except ValueError:
-        raise InvalidMessage(
-            "page_token is none of this service's; leave it out to begin with the first page"
-        ) from None
 
 
 def _heartbeat() -> pb.Heartbeat:

@@ -342,7 +342,7 @@ class GetStreamRequest(_message.Message):
     def __init__(self, stream_id: _Optional[str] = ...) -> None: ...
 
 class ListStreamsRequest(_message.Message):
-    __slots__ = ("page_size", "page_token", "state", "tags")
+    __slots__ = ("page_size", "page_token", "states", "tags")
     class TagsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -352,13 +352,13 @@ class ListStreamsRequest(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    STATE_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     page_token: str
-    state: StreamState
+    states: _containers.RepeatedScalarFieldContainer[StreamState]
     tags: _containers.ScalarMap[str, str]
-    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., state: _Optional[_Union[StreamState, str]] = ..., tags: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., states: _Optional[_Iterable[_Union[StreamState, str]]] = ..., tags: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ListStreamsResponse(_message.Message):
     __slots__ = ("streams", "next_page_token")
