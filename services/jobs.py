@@ -231,7 +231,7 @@ class JobRunner:
         self._uploads: dict[str, tuple[int, float]] = {}  # bytes so far, when
         self._queue: deque[Job] = deque()
         self._news = threading.Condition()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._model: tuple[str, AnyModel] | None = None
         self._threads: list[threading.Thread] = []
 
@@ -249,7 +249,7 @@ class JobRunner:
     def stop(self) -> None:
         """End; jobs that are not done fail and say so."""
         with self._news:
-            self._stopping = True
+            self._stopping.set()
             self._news.notify_all()
         for thread in self._threads:
             thread.join(5.0)
@@ -264,7 +264,7 @@ class JobRunner:
     @property
     def alive(self) -> bool:
         """False when a thread ended by a bug."""
-        return self._stopping or all(thread.is_alive() for thread in self._threads)
+        return self._stopping.is_set() or all(thread.is_alive() for thread in self._threads)
 
     # ---- uploads
 
@@ -373,13 +373,13 @@ class JobRunner:
     def _work(self) -> None:
         while True:
             with self._news:
-                self._news.wait_for(lambda: self._queue or self._stopping)
-                if self._stopping:
+                self._news.wait_for(lambda: self._queue or self._stopping.is_set())
+                if self._stopping.is_set():
                     return
                 job = self._queue.popleft()
             with contextlib.suppress(_NotWanted):
                 self._run(job)
-            if self._stopping:
+            if self._stopping.is_set():
                 return  # `stop` says what became of it
             self._texts.pop(job.id, None)
             (self._dir / job.id / UPLOAD).unlink(missing_ok=True)
@@ -431,7 +431,7 @@ class JobRunner:
                 for told in events_of(result):
                     out.write(json.dumps(told) + "\n")
                     count += 1
-                if self._stopping:
+                if self._stopping.is_set():
                     raise _NotWanted
                 if time.monotonic() - told_s >= TELL_S:
                     out.flush()
@@ -464,7 +464,7 @@ class JobRunner:
             try:
                 return self._tell(job)
             except WorldError:
-                if self._stopping:
+                if self._stopping.is_set():
                     raise _NotWanted from None
                 time.sleep(TELL_S)
 
@@ -478,7 +478,7 @@ class JobRunner:
             except WorldError as error:
                 log.debug("jobs wait for the store: %s", error)
             with self._news:
-                if self._news.wait_for(lambda: self._stopping, BEAT_S):
+                if self._news.wait_for(self._stopping.is_set, BEAT_S):
                     return
 
     def _beat(self) -> None:

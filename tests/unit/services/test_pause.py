@@ -18,11 +18,13 @@ from services.stream_models import StreamModel
 from tests.unit.services.engine_kit import MODEL, Cameras, give, picture, processed, running, settings, spec, wait
 from tests.unit.services.http_kit import MODELS, serving
 
+BEGAN_S = time.time()
+
 
 def feed(engine: Engine, cameras: Cameras, stream_id: str, number: int) -> None:
-    """One picture, the same for every stream, and wait for its result."""
+    """One picture at one time, the same for every stream, and wait for its result."""
     before = processed(engine, stream_id)
-    cameras[stream_id].feed(picture("same", number))
+    cameras[stream_id].feed(picture("same", number), BEGAN_S + number / 15)
     wait(lambda: processed(engine, stream_id) > before)
 
 
