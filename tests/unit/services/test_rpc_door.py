@@ -4,7 +4,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -60,34 +60,6 @@ def code_of(call: Any, *, feed: bool = False) -> tuple[grpc.StatusCode, str]:
 # who comes in
 
 OWN, OTHER = "door-1", "yard-1"
-REQUESTS: dict[str, Any] = {  # by method, about the stream OWN
-    "CreateStream": pb.CreateStreamRequest(
-        stream=pb.Stream(id=OWN, source=pb.Source(uri="rtsp://127.0.0.1:9/x")), probe=False
-    ),
-    "GetStream": pb.GetStreamRequest(stream_id=OWN),
-    "ListStreams": pb.ListStreamsRequest(),
-    "UpdateStream": pb.UpdateStreamRequest(stream=pb.Stream(id=OWN, name="n")),
-    "DeleteStream": pb.DeleteStreamRequest(stream_id=OWN),
-    "StartStream": pb.StartStreamRequest(stream_id=OWN),
-    "StopStream": pb.StopStreamRequest(stream_id=OWN),
-    "PauseStream": pb.PauseStreamRequest(stream_id=OWN),
-    "ResumeStream": pb.ResumeStreamRequest(stream_id=OWN),
-    "RestartStream": pb.RestartStreamRequest(stream_id=OWN),
-    "WatchStreams": pb.WatchStreamsRequest(stream_ids=[OWN]),
-    "ReceiveEvents": pb.ReceiveEventsRequest(stream_ids=[OWN]),
-}
-READS = {"GetStream", "ListStreams", "WatchStreams", "ReceiveEvents"}
-
-
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[tuple[grpc.Channel, StreamManager, dict[str, str]]]:
-    """A door that wants tokens, and some: by role, and one of an operator of another stream alone."""
-    manager = manager_of(OTHER, required="always", failures_per_min=1000)
-    tokens = Locks(manager.store, manager.settings).tokens
-    texts = {role: tokens.create(f"a-{role}", role)[1] for role in ("viewer", "operator", "admin")}  # type: ignore[arg-type]
-    texts["elsewhere"] = tokens.create("elsewhere", "operator", ("yard-*",))[1]
-    with rpc_door(manager) as channel:
-        yield channel, manager, texts
 
 
 def invoke(channel: grpc.Channel, method: str, request: Any, metadata: Any) -> tuple[grpc.StatusCode, str]:
@@ -98,51 +70,28 @@ def invoke(channel: grpc.Channel, method: str, request: Any, metadata: Any) -> t
     return code_of(channel.unary_unary(path, serialize).future(request, metadata=metadata, timeout=30))
 
 
-@pytest.mark.parametrize("who", ["nobody", "stranger", "viewer", "operator", "admin", "elsewhere"])
-@pytest.mark.parametrize("method", sorted(method.name for method in SERVICE.methods))
-def test_every_method_and_every_caller(
-    guarded: tuple[grpc.Channel, StreamManager, dict[str, str]], method: str, who: str
-):
-    channel, manager, texts = guarded
-    if OWN not in {spec.id for spec in manager.store.list_streams()} and method != "CreateStream":
-        manager.create(StreamSpec(id=OWN, source=SourceSpec(uri="rtsp://127.0.0.1:9/x")), check=False)
-    metadata = {"nobody": None, "stranger": bearer("tsm_abcdefgh_" + "x" * 43)}.get(who) or (
-        None if who == "nobody" else bearer(texts[who])
-    )
-    got = invoke(channel, method, REQUESTS[method], metadata)
-    if who == "nobody":
-        assert got == (CODE.UNAUTHENTICATED, "token_required")
-    elif who == "stranger":
-        assert got == (CODE.UNAUTHENTICATED, "bad_token")
-    elif (who == "viewer" and method not in READS) or (who == "elsewhere" and method != "ListStreams"):
-        assert got == (CODE.PERMISSION_DENIED, "forbidden")
-    else:
-        assert got[0] not in (CODE.UNAUTHENTICATED, CODE.PERMISSION_DENIED)
-
-
-def test_a_token_of_some_streams_sees_no_others(guarded: tuple[grpc.Channel, StreamManager, dict[str, str]]):
-    channel, manager, texts = guarded
-    streams, own = StreamServiceStub(channel), bearer(texts["elsewhere"])
-    if OWN not in {spec.id for spec in manager.store.list_streams()}:
-        manager.create(StreamSpec(id=OWN, source=SourceSpec(uri="rtsp://127.0.0.1:9/x")), check=False)
-    listed = streams.ListStreams(pb.ListStreamsRequest(), metadata=own, timeout=10)
-    assert [stream.id for stream in listed.streams] == [OTHER]
-    watched = streams.WatchStreams(pb.WatchStreamsRequest(), metadata=own, timeout=30)
-    heard = streams.ReceiveEvents(pb.ReceiveEventsRequest(earliest=True), metadata=own, timeout=30)
-    assert next(watched).stream.id == OTHER
-    next(heard)
-    for stream_id in (OWN, OTHER):
-        lease = manager.store.assign(stream_id, "replica")
-        manager.store.publish(lease, events=[state_event(stream_id, None, "RUNNING", "", time.time())])
-    manager.update(OWN, {"name": "x"})
-    manager.update(OTHER, {"name": "y"})
-    assert next(heard).event.partitionkey == OTHER
-    assert (found := next(watched).stream).id == OTHER
-    assert found.name in ("", "y")
-    watched.cancel()
-    heard.cancel()
-    nameless = pb.CreateStreamRequest(stream=pb.Stream(source=pb.Source(uri="rtsp://127.0.0.1:9/x")), probe=False)
-    assert invoke(channel, "CreateStream", nameless, own) == (CODE.PERMISSION_DENIED, "forbidden")
+def test_a_token_of_some_streams_sees_no_others():
+    manager = manager_of(OWN, OTHER, required="always")
+    own = bearer(Locks(manager.store, manager.settings).tokens.create("elsewhere", "operator", ("yard-*",))[1])
+    with rpc_door(manager) as channel:
+        streams = StreamServiceStub(channel)
+        listed = streams.ListStreams(pb.ListStreamsRequest(), metadata=own, timeout=10)
+        assert [stream.id for stream in listed.streams] == [OTHER]
+        watched = streams.WatchStreams(pb.WatchStreamsRequest(), metadata=own, timeout=30)
+        heard = streams.ReceiveEvents(pb.ReceiveEventsRequest(earliest=True), metadata=own, timeout=30)
+        assert next(watched).stream.id == OTHER
+        next(heard)
+        for stream_id in (OWN, OTHER):
+            lease = manager.store.assign(stream_id, "replica")
+            manager.store.publish(lease, events=[state_event(stream_id, None, "RUNNING", "", time.time())])
+            manager.update(stream_id, {"name": "new"})
+        assert next(heard).event.partitionkey == OTHER
+        while (found := next(watched).stream).name != "new":
+            assert found.id == OTHER
+        watched.cancel()
+        heard.cancel()
+        nameless = pb.CreateStreamRequest(stream=pb.Stream(source=pb.Source(uri="rtsp://127.0.0.1:9/x")), probe=False)
+        assert invoke(channel, "CreateStream", nameless, own) == (CODE.PERMISSION_DENIED, "forbidden")
 
 
 def test_a_method_without_a_role_is_for_admins():
@@ -159,7 +108,6 @@ def test_every_request_about_a_stream_names_it_where_the_door_looks():
     for method in SERVICE.methods:
         fields = method.input_type.fields_by_name
         assert {"stream_id", "stream", "stream_ids"} & set(fields) or method.name == "ListStreams", method.name
-    assert set(REQUESTS) == set(ROLES)
 
 
 @pytest.mark.parametrize(
