@@ -45,6 +45,7 @@ from tsm_core.types import Detection, Frame, Track
 MAX_FRAMES = 64  # of one request that is no video
 MAX_WAITING = 64  # requests per lane
 MAX_SEQUENCE_FRAMES = 16  # of one request in a sequence
+MAX_ASPECT = 32  # long side over short side of a picture
 MAX_ID = 128  # characters of a sequence's id
 MAX_TIMESTAMP_S = 1e10
 PLATFORM = "tsm_torch"
@@ -163,9 +164,19 @@ def check_request(request: InferRequest, about: ModelDescription) -> tuple[str, 
     most = MAX_SEQUENCE_FRAMES if request.sequence else MAX_FRAMES
     if frames > most:
         raise BadInput(f"input {name!r} has {frames} frames, a request may have {most}; send several")
+    if array.dtype == np.uint8:
+        _check_aspect(array.shape[-2], array.shape[-3])
     if array.dtype == np.float32 and not np.isfinite(array).all():
         raise BadInput(f"input {name!r} has values that are not finite")
     return name, array
+
+
+def _check_aspect(width: int, height: int) -> None:
+    """Raises BadInput for a picture so long that a small one becomes a huge one when its short side is enlarged."""
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadInput(
+            f"a picture of {width}x{height} is too long: one side may be {MAX_ASPECT} times the other; cut it"
+        )
 
 
 def _check_sequence(request: InferRequest, about: ModelDescription) -> None:
@@ -197,7 +208,7 @@ def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
 def pictures_of(name: str, array: Array, limits: MediaLimits) -> list[Open]:
     """The pictures of a `frame` or `image` input, in order; each is decoded when it is opened.
 
-    Opening raises BadMedia, MediaTooLarge.
+    Opening raises BadInput, BadMedia, MediaTooLarge.
     """
     if name == "image":
         return [partial(_decoded, bytes(data), limits) for data in array]
@@ -205,7 +216,9 @@ def pictures_of(name: str, array: Array, limits: MediaLimits) -> list[Open]:
 
 
 def _decoded(data: bytes, limits: MediaLimits) -> Picture:
-    return Picture(decode_image(data, limits))
+    picture = Picture(decode_image(data, limits))
+    _check_aspect(*picture.size)
+    return picture
 
 
 def _given(array: Array) -> Picture:
@@ -423,7 +436,8 @@ class Requests:
         with tempfile.TemporaryDirectory(prefix="tsm-video-") as folder:
             path = Path(folder) / "video"
             path.write_bytes(data)
-            checked_video(path, self._limits)
+            facts = checked_video(path, self._limits)
+            _check_aspect(facts.width, facts.height)
             spent.lap("input")
             results = []
             for result in infer_file(path, job.model, name=job.request.model):

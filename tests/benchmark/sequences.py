@@ -38,6 +38,7 @@ from tsm_core.zoo import find_model
 MODEL = "motion9"
 SIZE_PX, FPS = 64, 15
 FILMS, FILM_FRAMES = 20, 60
+START_S = 600.0
 TOLERANCE = 5e-3  # of a score: a sequence that moves to another replica takes its state along as float16
 COMMAND = "python -m tests.benchmark.sequences"
 
@@ -154,10 +155,13 @@ def sound(figures: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def serving(slots: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A service of two replicas, and HOST:PORT of its gRPC door; ended afterwards."""
+def serving(slots: int, heartbeat_ttl_ms: int = 15_000) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A service of two replicas, and HOST:PORT of its gRPC door; ended afterwards.
+
+    heartbeat_ttl_ms: long, as a busy machine is no reason to call a replica dead, which loses frames.
+    """
     with tempfile.TemporaryDirectory(prefix="tsmseq", dir="/tmp") as folder:  # short: Ray's sockets are below
-        process, address = _serve(Path(folder), slots)
+        process, address = _serve(Path(folder), slots, heartbeat_ttl_ms)
         try:
             yield process, address
         finally:
@@ -165,11 +169,11 @@ def serving(slots: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
             process.wait(60)
 
 
-def _serve(folder: Path, slots: int) -> tuple[subprocess.Popen[bytes], str]:
+def _serve(folder: Path, slots: int, heartbeat_ttl_ms: int) -> tuple[subprocess.Popen[bytes], str]:
     config = {
         "server": {"port": 0, "grpc_port": 0},
         "store": {"data_dir": str(folder / "data")},
-        "engine": {"replicas": 2, "slots": slots},
+        "engine": {"replicas": 2, "slots": slots, "heartbeat_ttl_ms": heartbeat_ttl_ms},
     }
     (folder / "tsm.yaml").write_text(json.dumps(config))
     log = folder / "service.log"
@@ -178,12 +182,13 @@ def _serve(folder: Path, slots: int) -> tuple[subprocess.Popen[bytes], str]:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(folder)}
         )
-    until_s = time.monotonic() + 180
+    until_s = time.monotonic() + START_S
     while time.monotonic() < until_s and process.poll() is None:
         if found := re.search(r"serves .* gRPC on (\S+?);", log.read_text()):
             return process, found[1]
         time.sleep(0.2)
-    process.kill()
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
     raise SystemExit(f"the service does not start: {log.read_text()[-2000:]}")
 
 

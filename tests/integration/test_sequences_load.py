@@ -26,7 +26,7 @@ def test_two_hundred_sequences_do_not_meet():
 
 def test_no_sequence_fails_when_a_replica_is_killed():
     pictures = films()
-    with serving(slots=16) as (process, address):
+    with serving(slots=16, heartbeat_ttl_ms=3_000) as (process, address):
         killer = threading.Thread(target=_kill_a_replica, args=(process.pid, 6.0))
         killer.start()
         told = asyncio.run(load(address, pictures, 8, 20.0))

@@ -174,6 +174,8 @@ def test_only_wanted_outputs_come(served, images):
         ({}, "one input is needed, got 0"),
         ({"frame": np.zeros((1, 8, 8, 3), np.uint8), "image": blobs(b"x")}, "got 2"),
         ({"frame": np.zeros((1, 8, 8, 3), np.uint8), "outputs": ("boxes",)}, "no output boxes; it gives logits"),
+        ({"frame": np.zeros((1, 1, 16_000, 3), np.uint8)}, "16000x1 is too long"),
+        ({"image": blobs(png(np.zeros((16_000, 1, 3), np.uint8)))}, "1x16000 is too long"),
         ({"image": blobs(b"GIF89a")}, "neither JPEG nor PNG"),
         ({"video": blobs(b"not a video")}, "cannot be read"),
     ],
