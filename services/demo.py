@@ -24,6 +24,7 @@ from pipelines.camera import SessionInfo, frame_number
 from pipelines.scene_boxes import objects_of
 from pipelines.scenes import KINDS, Scene
 from pipelines.simulator import SimulatorClient, start_simulator
+from services.remote import read_token
 from services.settings import ModelSettings, Settings, StoreSettings
 from services.store import StateStore, open_store
 from tsm_core.errors import WorldError
@@ -259,7 +260,11 @@ def run(settings: Settings, seconds: float | None = None, say: Callable[[str], N
         stack.callback(store.close)
         collector = Collector(store, streams, lambda event: say(describe(event)))
         stack.callback(collector.stop)
-        with httpx.Client(base_url=service.url, timeout=30) as http:
+        headers = {}
+        if service.admin_token_file is not None:
+            headers["Authorization"] = f"Bearer {read_token(service.admin_token_file)}"
+            say(f"the page wants a token: {service.admin_token_file} holds one")
+        with httpx.Client(base_url=service.url, timeout=30, headers=headers) as http:
             for stream, url in zip(streams, simulator.urls, strict=True):
                 body = {"id": stream, "source": {"uri": url}, "models": [{"name": name} for name in names]}
                 http.post("/v1/streams", json=body).raise_for_status()
