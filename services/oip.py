@@ -73,10 +73,6 @@ class Call:
     parameters: Mapping[str, Parameter]
     outputs: Sequence[WantedOutput] = field(default_factory=tuple)
 
-    def sequence_id(self) -> str:
-        """The sequence it belongs to; empty: none. Raises BadInput."""
-        return read_sequence_id(self.parameters)
-
 
 async def off_loop(nbytes: int, work: Callable[..., Result], *args: Any) -> Result:
     """What the work gives; so many bytes of it that others would wait are worked on in a thread."""
@@ -141,7 +137,8 @@ async def infer(inference: Inference, call: Call, caller: Caller | None = None, 
 
 async def _labels(inference: Inference, call: Call) -> tuple[str, ...]:
     about = await describe(inference, call.model, call.version)
-    classified = [spec.name for spec in about.outputs if spec.shape[1:] == (len(about.labels),)]
+    recognises = about.task == "recognition"
+    classified = [spec.name for spec in about.outputs if recognises and spec.shape[1:] == (len(about.labels),)]
     for one in call.outputs:
         if one.classes and one.name not in classified:
             raise BadInput(f"output {one.name!r} has no classes; those that have are {', '.join(classified) or 'none'}")
