@@ -78,7 +78,7 @@ def door(request: pytest.FixtureRequest, service: RunningService) -> Iterator[Do
 
 
 def grpc_address(service: RunningService) -> str:
-    found = re.search(r"gRPC on (\S+)", service.log.read_text())
+    found = re.search(r"gRPC on ([^\s;]+)", service.log.read_text())
     assert found is not None
     return found[1]
 
