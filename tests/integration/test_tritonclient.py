@@ -72,15 +72,9 @@ def door(request: pytest.FixtureRequest, service: RunningService) -> Iterator[Do
         address, kind, wrapped = service.url.removeprefix("http://"), tritonclient.http, Door
         options: dict[str, Any] = {"network_timeout": 120.0, "connection_timeout": 120.0}
     else:
-        address, kind, wrapped, options = grpc_address(service), tritonclient.grpc, GrpcDoor, {}
+        address, kind, wrapped, options = service.grpc, tritonclient.grpc, GrpcDoor, {}
     with kind.InferenceServerClient(address, **options) as client:
         yield wrapped(kind, client)
-
-
-def grpc_address(service: RunningService) -> str:
-    found = re.search(r"gRPC on ([^\s;]+)", service.log.read_text())
-    assert found is not None
-    return found[1]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +163,7 @@ def shown(language: str, service: RunningService) -> list[str]:
     """What docs/inference.md shows, with this service's addresses."""
     text = DOCS.read_text().replace("127.0.0.1:8000", service.url.removeprefix("http://"))
     blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    return [block.replace("127.0.0.1:9000", grpc_address(service)) for block in blocks]
+    return [block.replace("127.0.0.1:9000", service.grpc) for block in blocks]
 
 
 def run(*command: str, folder: Path) -> str:
@@ -237,7 +231,7 @@ def test_sequences_interleave_on_one_stream(service: RunningService, video: Path
     times_s = [one.time_s for one in iter_file(video, 256)]
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     lags = {1001: 0, 1002: 3, 1003: 7}  # each sequence is that many frames behind the first
-    with tritonclient.grpc.InferenceServerClient(grpc_address(service)) as client:
+    with tritonclient.grpc.InferenceServerClient(service.grpc) as client:
         door = Door(tritonclient.grpc, client)
         client.start_stream(lambda result, error: answers.put((result, error)))
         for step in range(len(frames) + max(lags.values())):
