@@ -143,7 +143,11 @@ def test_promtool_accepts_what_prometheus_reads(tmp_path):
     if promtool is None:
         pytest.skip("no promtool on the path; on Debian: apt-get install prometheus")
     shutil.copy(ALERTS, tmp_path)
-    shutil.copy(DEPLOY / "prometheus" / "prometheus.yaml", tmp_path)
+    token = "/run/secrets/viewer"
+    assert COMPOSE["services"]["prometheus"]["secrets"] == [Path(token).name]
+    (tmp_path / "viewer").write_text("a token")
+    config = (DEPLOY / "prometheus" / "prometheus.yaml").read_text()
+    (tmp_path / "prometheus.yaml").write_text(config.replace(token, str(tmp_path / "viewer")))
     done = subprocess.run(
         [promtool, "check", "config", tmp_path / "prometheus.yaml"], capture_output=True, text=True, timeout=60
     )
