@@ -72,9 +72,52 @@ async function request(path, { method = "GET", body, signal } = {}) {
     // not JSON: a proxy's error page, or nothing we know
   }
   if (response.ok) return data;
+  if (response.status === 401 && path !== "v1/login") askForToken();
   const detail = typeof data?.detail === "string" ? data.detail : data?.title;
   throw new Problem(detail || `The service answered ${response.status}.`, data?.reason ?? "", response.status);
 }
+
+// ---------------------------------------------------------------- login
+
+/** Ask for a token; what waits for it begins again once it is right. */
+function askForToken() {
+  if (!el("login").open) el("login").showModal();
+}
+
+/** Who the service takes us for: a viewer is not shown what only an operator may do. */
+async function showWho() {
+  try {
+    const who = await request("v1/login");
+    document.body.dataset.role = who.role;
+    setHidden(el("log-out"), !who.required);
+    el("log-out").title = `${who.name}, ${who.role}`;
+  } catch (error) {
+    if (error.status === 401) askForToken();
+  }
+}
+
+el("login").addEventListener("cancel", (event) => event.preventDefault()); // nothing works without
+el("login-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  el("login-submit").disabled = true;
+  try {
+    await request("v1/login", { method: "POST", body: { token: el("login-token").value.trim() } });
+    el("login").close();
+    setHidden(el("login-error"), true);
+    loadModels();
+    connection.start();
+  } catch (error) {
+    setText(el("login-error-text"), sentence(error.message));
+    setHidden(el("login-error"), false);
+  } finally {
+    el("login-token").value = "";
+    el("login-submit").disabled = false;
+  }
+});
+el("log-out").addEventListener("click", async () => {
+  await request("v1/login", { method: "DELETE" }).catch(() => {});
+  location.reload();
+});
 
 const streamPath = (id, rest = "") => `v1/streams/${encodeURIComponent(id)}${rest}`;
 
@@ -816,6 +859,7 @@ const connection = {
   retryAt: 0,
   start() {
     clearTimeout(this.timer);
+    if (el("login").open) return; // begun again when that is done
     this.retryAt = 0;
     const address = new URL("v1/ws", document.baseURI);
     address.protocol = address.protocol.replace("http", "ws");
@@ -828,6 +872,7 @@ const connection = {
     const again = this.attempt > 0;
     this.open = true;
     this.attempt = 0;
+    showWho();
     for (const tile of tiles.values()) {
       tile.newsAt = performance.now();
       if (!again) continue;
@@ -850,6 +895,7 @@ const connection = {
   },
   closed() {
     this.open = false;
+    showWho(); // perhaps the login is over
     const wait = Math.min(10_000, 500 * 2 ** this.attempt) * (0.5 + Math.random() / 2);
     this.attempt += 1;
     this.retryAt = performance.now() + wait;
