@@ -21,7 +21,6 @@ from pydantic import SecretStr
 
 from services.settings import StoreSettings
 from services.store import RedisStore
-from tests.sinks_kit import SECRETS, Receiver
 
 START_S = 240.0
 STOP_S = 60.0
@@ -37,7 +36,6 @@ class RunningService:
     temp: Path
     store: RedisStore
     http: httpx.Client
-    receiver: Receiver  # its webhook
 
     @property
     def grpc(self) -> str:
@@ -88,19 +86,15 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     temp.mkdir(mode=0o700)
     log = folder / "service.log"
     command = [sys.executable, "-m", "services.cli", "serve", "--config", str(folder / "tsm.yaml")]
-    receiver = Receiver()
-    receiver.start()
-    sink = {"name": "hook", "url": receiver.url, "secrets": [SECRETS[0]], "batch": 50}
-    further = {"TSM_WEBHOOKS__SINKS": json.dumps([sink]), "TSM_WEBHOOKS__NETWORKS": '["loopback"]'}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(temp), **further}
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(temp)}
         )
     try:
         url = _address(process, log)
         store = RedisStore(StoreSettings(url=_store_url(folder / "data"), state_url=_store_url(folder / "data/state")))
         with httpx.Client(base_url=url, timeout=30.0, trust_env=False) as http:
-            running = RunningService(url, process, log, temp, store, http, receiver)
+            running = RunningService(url, process, log, temp, store, http)
             running.wait(lambda: http.get("/healthz").is_success, 10.0, "healthy")
             yield running
         store.close()
@@ -112,7 +106,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         assert (code, left) == (0, []), f"SIGTERM must end all: {log.read_text()[-2000:]}"
         assert not list(temp.glob("tsm-*")), "Ray's folder is removed"
     finally:
-        receiver.stop()
         if process.poll() is None:
             process.kill()
             process.wait()
