@@ -2,23 +2,23 @@
 
 The proxy is told `grpc_servicer_functions`, from which it learns the methods, and sends each call to the ingress'
 method of that name: requests arrive there as bytes and are read once their caller is known, as on one machine.
+Every proxy imports this module while Serve waits for it: it must stay light.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf import message_factory
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet, MethodDescriptorProto
 
-from services.rpc.open_inference import POOL, SERVICE
 from services.rpc.tsm.v1 import streams_pb2
 
-STREAMS: ServiceDescriptor = streams_pb2.DESCRIPTOR.services_by_name["StreamService"]
-INFERENCE: ServiceDescriptor = POOL.FindServiceByName(SERVICE)
+STREAMS = FileDescriptorProto.FromString(streams_pb2.DESCRIPTOR.serialized_pb)
+(INFERENCE,) = FileDescriptorSet.FromString((Path(__file__).parent / "open_inference.binpb").read_bytes()).file
 
 C = TypeVar("C", bound=type[Any])
 
@@ -33,25 +33,26 @@ def add_inference(servicer: Any, server: Any) -> None:
     _add(INFERENCE, servicer, server)
 
 
-def _add(service: ServiceDescriptor, servicer: Any, server: Any) -> None:
+def _add(file: FileDescriptorProto, servicer: Any, server: Any) -> None:
+    (service,) = file.service
     handlers = {}
-    for method in service.methods:
+    for method in service.method:
         kinds = ("stream" if streams else "unary" for streams in (method.client_streaming, method.server_streaming))
         handler = getattr(grpc, f"{'_'.join(kinds)}_rpc_method_handler")
-        serializer = message_factory.GetMessageClass(method.output_type).SerializeToString
-        handlers[method.name] = handler(getattr(servicer, method.name), response_serializer=serializer)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+        handlers[method.name] = handler(getattr(servicer, method.name))
+    name = f"{file.package}.{service.name}"
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
 def grpc_ingress(kind: C) -> C:
     """The class with a method for each of the services', which calls what its `rpc` has under that name."""
-    for service in (STREAMS, INFERENCE):
-        for method in service.methods:
+    for file in (STREAMS, INFERENCE):
+        for method in file.service[0].method:
             setattr(kind, method.name, _ingress_method(method))
     return kind
 
 
-def _ingress_method(method: MethodDescriptor) -> Callable[..., Any]:
+def _ingress_method(method: MethodDescriptorProto) -> Callable[..., Any]:
     name = method.name
 
     async def unary(self: Any, request: Any, grpc_context: Any) -> Any:

@@ -19,7 +19,7 @@ from services.rpc.tsm.v1 import streams_pb2 as pb
 from services.rpc.tsm.v1.streams_pb2_grpc import StreamServiceStub
 from tests.integration.conftest import RunningService
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(420)
 EVENTS = 6
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "grpc.md"
 

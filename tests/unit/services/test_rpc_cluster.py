@@ -2,6 +2,8 @@
 
 import asyncio
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import grpc
@@ -10,7 +12,7 @@ import pytest
 from services.feed import Hub
 from services.locks.callers import Locks
 from services.manager import StreamManager
-from services.rpc import cluster
+from services.rpc import cluster, open_inference
 from services.rpc.streams import stream_service
 from services.rpc.tsm.v1 import streams_pb2 as pb
 from services.schemas import SourceSpec, StreamSpec
@@ -80,6 +82,13 @@ def test_a_call_has_its_answer_and_a_refusal_its_code():
     asyncio.run(run())
 
 
+def test_a_proxy_imports_little():
+    """Serve gives a proxy few seconds to be there."""
+    script = "import sys, services.rpc.cluster; print(sorted({'torch', 'pydantic', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_the_ingress_has_every_method_and_the_proxy_learns_them_all():
     added: dict[str, Any] = {}
 
@@ -93,7 +102,8 @@ def test_the_ingress_has_every_method_and_the_proxy_learns_them_all():
 
     cluster.add_streams(Anything(), Server())
     cluster.add_inference(Anything(), Server())
-    for service in (cluster.STREAMS, cluster.INFERENCE):
+    inference = open_inference.POOL.FindServiceByName(open_inference.SERVICE)
+    for service in (pb.DESCRIPTOR.services_by_name["StreamService"], inference):
         for method in service.methods:
             handler = added.pop(f"/{service.full_name}/{method.name}")
             assert (handler.request_streaming, handler.response_streaming) == (
