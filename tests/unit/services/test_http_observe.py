@@ -4,12 +4,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from services.http import observe
 from services.manager import StreamManager
 from services.schemas import StreamStatus
 from services.settings import Settings
 from services.store import MemoryStore
-from services.telemetry import STATES
-from tests.unit.services.engine_kit import spec
+from services.telemetry import STATES, DoorTelemetry
+from tests.unit.services.engine_kit import spec, wait
 from tests.unit.services.http_kit import MODELS, serving
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
@@ -23,7 +24,7 @@ def store() -> MemoryStore:
 @pytest.fixture
 def http(store: MemoryStore) -> Iterator[httpx.Client]:
     manager = StreamManager(store, Settings(), models=MODELS)
-    with serving(manager) as url, httpx.Client(base_url=url, trust_env=False) as client:
+    with serving(manager) as url, httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
         yield client
 
 
@@ -94,3 +95,16 @@ def test_a_bugs_answer_is_counted_and_traced(http, store, monkeypatch):
     assert (answer.status_code, answer.json()["reason"]) == (500, "internal_error")
     assert answer.headers["traceparent"].split("-")[1] == CALLER.split("-")[1]
     assert requests(http)[("GET", "/v1/streams/{stream_id}", "500")] == 1
+
+
+def test_any_gateway_answers_for_the_others(http, store, monkeypatch):
+    monkeypatch.setattr(observe, "REPORT_S", 0.2)
+    other = DoorTelemetry("gateway-2")
+    other.http("GET", "/v1/models", 200, 0.1)
+    key = (("method", "GET"), ("replica", "gateway-2"), ("route", "/v1/models"), ("status", "200"))
+    reporter = observe.Reporter(store, other)
+    try:
+        wait(lambda: samples(http.get("/metrics"), "http_requests_total").get(key) == 1, 30)
+    finally:
+        reporter.stop()
+    assert any(("replica", "gateway") in labels for labels in samples(http.get("/metrics"), "http_requests_total"))
