@@ -111,6 +111,17 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+def told(document: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI document with problems under their own media type, which FastAPI cannot be told for a model."""
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            for response in operation["responses"].values():
+                content = response.get("content", {})
+                if content.get("application/json", {}).get("schema") == {"$ref": "#/components/schemas/Problem"}:
+                    content["application/problem+json"] = content.pop("application/json")
+    return document
+
+
 def status_of(error: TSMError) -> int:
     """The HTTP status of an error: 4xx for callers, 503 for the world."""
     for family, status in STATUS.items():
@@ -149,7 +160,9 @@ def problem_of(error: TSMError) -> JSONResponse:
 
 
 def add_problems(app: FastAPI) -> None:
-    """Make every error of the application a problem."""
+    """Make every error of the application a problem, in its OpenAPI document too."""
+    described = app.openapi
+    app.openapi = lambda: told(described())  # type: ignore[method-assign]
 
     @app.exception_handler(TSMError)
     async def ours(_: Request, error: TSMError) -> Response:

@@ -19,6 +19,7 @@ from websockets.sync.client import connect
 
 from services.cli import app
 from services.http import guard
+from services.http.app import http_app
 from services.locks.callers import ADMIN, BadToken, Caller, Forbidden, Locks, NoToken
 from services.locks.first import TokenFileError, first_admin_token
 from services.locks.limits import Buckets, Feeds, TooManyFeeds, TooManyRequests
@@ -54,7 +55,7 @@ def door(settings: Settings) -> Iterator[tuple[httpx.Client, Tokens]]:
     store = MemoryStore(StoreSettings())
     with (
         serving(StreamManager(store, settings, models=MODELS)) as url,
-        httpx.Client(base_url=url, trust_env=False) as client,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as client,
     ):
         yield client, Tokens(store)
 
@@ -352,6 +353,13 @@ def test_every_answer_tells_browsers_to_be_careful(path: str) -> None:
         assert "strict-transport-security" not in headers
 
 
+def test_openapi_tells_problems_by_their_media_type() -> None:
+    document = http_app(StreamManager(MemoryStore(), models=MODELS)).openapi()
+    answers = document["paths"]["/v1/tokens"]["post"]["responses"]
+    assert answers["4XX"]["content"].keys() == {"application/problem+json"}
+    assert answers["201"]["content"].keys() == {"application/json"}
+
+
 # feeds
 
 
@@ -384,7 +392,7 @@ def test_a_limited_token_sees_its_streams_alone() -> None:
     store = MemoryStore(StoreSettings())
     with (
         serving(StreamManager(store, settings, models=MODELS)) as url,
-        httpx.Client(base_url=url, trust_env=False) as client,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as client,
     ):
         _, text = Tokens(store).create("yard", "operator", ("yard-*",))
         client.headers.update(bearer(text))
