@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import threading
-from typing import Any
+from typing import Any, cast
 
 from pipelines.ray_local import ENVIRONMENT, LEAST_CPUS, ray_session
 
@@ -317,7 +317,7 @@ def _workers(settings: Settings, given: Settings | dict[str, Any]) -> tuple[Any,
         num_replicas=settings.engine.replicas,
         ray_actor_options={"num_cpus": settings.engine.num_cpus, "num_gpus": settings.engine.num_gpus},
         max_ongoing_requests=MAX_CALLS,
-        request_router_config=RequestRouterConfig(request_router_class=OwnerRouter),
+        request_router_config=RequestRouterConfig(request_router_class=cast(Any, OwnerRouter)),
         health_check_period_s=1.0,
         health_check_timeout_s=5.0,
         graceful_shutdown_timeout_s=8.0,
