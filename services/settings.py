@@ -195,9 +195,7 @@ class LimitsSettings(Section):
     pixels: int = Field(40_000_000, gt=0, description="width x height of a picture, and of a camera's frame")
     side_px: int = Field(16_384, gt=0, description="longest side of a picture, or of a frame of a video file")
     video_bytes: int = Field(2 << 30, gt=0, description="largest video file")
-    video_pixels: int = Field(
-        9_437_184, gt=0, le=40_000_000, description="width x height of a frame of a video file"
-    )
+    video_pixels: int = Field(9_437_184, gt=0, le=40_000_000, description="width x height of a frame of a video file")
     frames: int = Field(120_000, gt=0, description="frames of a video file")
     duration_s: float = Field(3_600.0, gt=0, description="seconds of a video file")
     check_s: float = Field(30.0, gt=0, description="longest time that a look at a video file may take")

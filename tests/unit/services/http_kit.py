@@ -19,9 +19,7 @@ MODELS = (ServedModel(name="motion9", labels=("left", "right"), mode="step", inp
 
 
 @contextlib.contextmanager
-def serving(
-    manager: StreamManager, inference: Inference | None = None, jobs: JobsDoor | None = None
-) -> Iterator[str]:
+def serving(manager: StreamManager, inference: Inference | None = None, jobs: JobsDoor | None = None) -> Iterator[str]:
     """The application behind a real server: its feeds are streams, which no test client passes on as they come."""
     config = uvicorn.Config(
         http_app(manager, inference=inference, jobs=jobs),
