@@ -134,7 +134,7 @@ def test_it_listens_on_loopback_alone(service: RunningService):
         with contextlib.suppress(psutil.NoSuchProcess):  # one of those that come and go
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-                    heard.add(connection.laddr.ip)
+                    heard.add(connection.laddr.ip.removeprefix("::ffff:"))
     assert heard == {"127.0.0.1"}
 
 
