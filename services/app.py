@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import importlib
 import logging
 import os
-import threading
 from typing import Any, cast
 
 from pipelines.ray_local import ENVIRONMENT, LEAST_CPUS, ray_session
 
 os.environ.update(ENVIRONMENT)  # read by ray as it is imported
 
-import ray
-import uvicorn
-from fastapi import FastAPI
 from pydantic import SecretStr
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
-from services import logs, tracing
-from services.controller import Controller
-from services.couriers.office import Couriers, check_sinks
+from services import logs
+from services.actors.controller import ControllerReplica
+from services.actors.engine import EngineReplica
+from services.actors.gateway import ClusterGateway, Gateway
+from services.actors.jobs import JobsReplica
+from services.couriers.office import check_sinks
 from services.embedded import EmbeddedValkey
-from services.engine import Engine
-from services.http.app import http_app
-from services.http.observe import Reporter
-from services.inference import Inference, InferRequest
-from services.inferring import StoreInference, infer_here, push_when_open
-from services.jobs import JobRunner, jobs_dir
+from services.jobs import jobs_dir
 from services.locks.first import first_admin_token
 from services.locks.vault import HOW, vault_of, with_key
-from services.manager import StreamManager, served_models
+from services.manager import served_models
 from services.ports import listen, shown_host
-from services.replicas import MAX_CALLS, Answer, OwnerRouter, ServeReplicas, answer_or_refusal, replica_name, serve_jobs
-from services.rpc.cluster import grpc_ingress
-from services.rpc.open_inference import inference_service
-from services.rpc.server import GrpcDoor, RpcService
-from services.rpc.streams import stream_service
-from services.schemas import Lease
+from services.replicas import MAX_CALLS, OwnerRouter
 from services.settings import Settings, SettingsError, StoreSettings, load_settings
 from services.store import open_store
 from tsm_core.errors import WorldError
 
 APPLICATION = "tsm"
-JOBS_NICE = 10
 JOB_CALLS = 64  # pieces of uploads and results under way at once
 VIEWERS = 1000  # feeds that one gateway of a cluster serves at once: each is a request that does not end
 
@@ -56,225 +42,6 @@ class ServiceNotStarted(WorldError):
     """Ray or one of the deployments did not come up."""
 
     reason = "service_not_started"
-
-
-class EngineReplica:
-    """Shell around one Engine."""
-
-    def __init__(self, given: Settings | dict[str, Any]) -> None:
-        settings = enter_actor(given)
-        replica_id = replica_name(serve.get_replica_context().replica_id.unique_id)
-        self._store = open_store(settings.store)
-        self._engine = Engine(settings, self._store, replica_id)
-        self._engine.start()
-
-    async def infer(self, request: InferRequest) -> Answer:
-        """The answer to a request that stands alone."""
-        return await answer_or_refusal(infer_here(self._engine, request))
-
-    async def push(self, lease: Lease, token: str, request: InferRequest, owner: str) -> Answer:
-        """The answer to frames of a sequence; owner tells Serve which replica has it."""
-        return await answer_or_refusal(push_when_open(self._engine, lease, token, request))
-
-    def check_health(self) -> None:
-        """Called by Serve: raises when the replica must be replaced."""
-        self._engine.healthy()
-
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """Read by Serve for the policy in `services/scaling.py`."""
-        now = self._engine.figures()
-        return {"slots_used": now.slots_used, "slots_total": now.slots_total}
-
-    def __del__(self) -> None:
-        """Called by Serve before it ends the replica: states are saved, streams handed over."""
-        if hasattr(self, "_engine"):
-            self._engine.stop()
-            self._store.close()
-
-
-class ControllerReplica:
-    """Shell around the Controller."""
-
-    def __init__(self, given: Settings | dict[str, Any]) -> None:
-        settings = enter_actor(given)
-        self._store = open_store(settings.store)
-        owner = f"controller-{serve.get_replica_context().replica_id.unique_id}"
-        self._controller = Controller(self._store, settings.controller, owner)
-        self._couriers = Couriers(self._store, settings, lambda: self._controller.leading)
-        self._controller.start()
-        self._couriers.start()
-
-    def check_health(self) -> None:
-        """Called by Serve: raises when the replica must be replaced."""
-        if not self._controller.healthy():
-            raise WorldError("the controller's thread died or hangs")
-
-    def __del__(self) -> None:
-        """Called by Serve before it ends the replica: another may lead at once."""
-        if hasattr(self, "_couriers"):
-            self._controller.stop()
-            self._couriers.stop()
-            self._store.close()
-
-
-class JobsReplica:
-    """Shell around the JobRunner, at a low priority: cameras go first."""
-
-    def __init__(self, given: Settings | dict[str, Any]) -> None:
-        settings = enter_actor(given)
-        os.nice(JOBS_NICE)  # of this thread and those that it starts
-        self._store = open_store(settings.store)
-        runner_id = f"jobs-{serve.get_replica_context().replica_id.unique_id}"
-        self._runner = JobRunner(self._store, settings, runner_id)
-        self._runner.start()
-
-    async def call(self, verb: str, *args: Any) -> Any:
-        """What a verb of the runner answers, or the error of ours that it raised."""
-        return await answer_or_refusal(asyncio.to_thread(getattr(self._runner, verb), *args))
-
-    def check_health(self) -> None:
-        """Called by Serve: raises when the replica must be replaced."""
-        if not self._runner.alive:
-            raise WorldError("a thread of the job runner ended")
-
-    def __del__(self) -> None:
-        """Called by Serve before it ends the replica: jobs that are not done say so."""
-        if hasattr(self, "_runner"):
-            self._runner.stop()
-            self._store.close()
-
-
-class Gateway:
-    """Shell around the HTTP door; keeps nothing.
-
-    It listens by itself: Serve's proxy reads a feed as fast as it comes and keeps what a slow viewer does not take,
-    without bound (measured: 56 MB in 15 s for one viewer who reads nothing).
-    """
-
-    def __init__(self, settings: Settings, host: str, port: int, engine: Any, jobs: Any, *_: Any) -> None:
-        enter_actor(settings)
-        self._store = open_store(settings.store)
-        manager = StreamManager(self._store, settings)
-        inference = StoreInference(self._store, settings, ServeReplicas(engine))
-        app = http_app(manager, settings, inference, jobs=serve_jobs(jobs))
-        self._grpc = _open_grpc(settings, host, manager, app, inference)
-        config = uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            log_config=None,  # ours
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="websockets-sansio",
-            timeout_graceful_shutdown=1,
-        )
-        listener = listen(host, port)
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True)
-        self._thread.start()
-
-    def check_health(self) -> None:
-        """Called by Serve: raises when the replica must be replaced."""
-        if not self._thread.is_alive():
-            raise WorldError("the HTTP server ended")
-        if self._grpc is not None and not self._grpc.alive():
-            raise WorldError("the gRPC server ended")
-
-    def __del__(self) -> None:
-        """Called by Serve before it ends the replica: feeds are ended."""
-        if hasattr(self, "_thread"):
-            self._server.should_exit = True
-            if self._grpc is not None:
-                self._grpc.stop()
-            self._thread.join(3.0)
-            self._store.close()
-
-
-def _open_grpc(
-    settings: Settings, host: str, manager: StreamManager, app: FastAPI, inference: Inference
-) -> GrpcDoor | None:
-    """The gRPC door beside the HTTP door `app`, which has the hub and the locks. Raises PortTaken."""
-    server = settings.server
-    if server.grpc_port is None:
-        return None
-    return GrpcDoor(
-        host,
-        server.grpc_port,
-        _rpc_services(manager, app, inference),
-        app.state.locks,
-        with_reflection=server.grpc_reflection,
-        max_message_bytes=server.max_infer_bytes,
-        telemetry=app.state.telemetry,
-    )
-
-
-def _rpc_services(manager: StreamManager, app: FastAPI, inference: Inference) -> list[RpcService]:
-    return [stream_service(manager, app.state.hub), inference_service(inference)]
-
-
-@serve.ingress()
-@grpc_ingress
-class ClusterGateway:
-    """Shell around both doors on a cluster, where Serve's proxy on every node leads to it; keeps nothing."""
-
-    def __init__(self, given: Settings | dict[str, Any], engine: Any, jobs: Any, *_: Any) -> None:
-        settings = enter_actor(given)
-        always = settings.auth.model_copy(update={"required": "always"})
-        settings = settings.model_copy(update={"auth": always})
-        self._store = open_store(settings.store)
-        inference = StoreInference(self._store, settings, ServeReplicas(engine))
-        gateway_id = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
-        manager = StreamManager(self._store, settings)
-        self._http = http_app(manager, settings, inference, gateway_id, serve_jobs(jobs))
-        state = self._http.state
-        self.rpc: dict[str, Any] = {}
-        for service in _rpc_services(manager, self._http, inference):
-            state.telemetry.calls(service.paths())
-            self.rpc |= service.guarded(state.locks, state.telemetry)
-        self._reporter = Reporter(self._store, self._http.state.telemetry)
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """Called by Serve once per replica."""
-        return self._http
-
-    def __del__(self) -> None:
-        """Called by Serve before it ends the replica."""
-        if hasattr(self, "_reporter"):
-            self._reporter.stop()
-            self._store.close()
-
-
-def enter_actor(given: Settings | dict[str, Any]) -> Settings:
-    """What every actor does first: know its settings, log as they say, and listen on loopback only.
-
-    given: on a cluster sections as in `tsm.yaml`, completed here by the pod's environment: what Ray passes on it also
-    keeps, and the store's password is none of its business. Raises SettingsError.
-
-    Serve opens a port for calls between deployments on all interfaces, and what arrives there is unpickled: on a
-    single machine it must not be reachable from outside. Serve has no option for it, so its helper is wrapped.
-    """
-    settings = given if isinstance(given, Settings) else load_settings(data=given)
-    context = serve.get_replica_context()
-    replica_id = f"{context.deployment.lower()}-{context.replica_id.unique_id}"
-    logs.set_up(settings, replica_id)
-    tracing.configure(settings.telemetry, replica_id)
-    replica: Any = importlib.import_module("ray.serve._private.replica")
-    original = replica.add_port_to_grpc_server
-    if getattr(original, "only_loopback", False) or not _on_loopback():
-        return settings
-
-    def add_port(server: Any, address: str) -> int:
-        return int(original(server, address.replace("[::]", "127.0.0.1")))
-
-    add_port.only_loopback = True  # type: ignore[attr-defined]
-    replica.add_port_to_grpc_server = add_port
-    return settings
-
-
-def _on_loopback() -> bool:
-    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return address == "127.0.0.1"
 
 
 def application(settings: Settings, port: int) -> serve.Application:

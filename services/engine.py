@@ -21,10 +21,10 @@ from pipelines.media_limits import MediaLimits
 from pipelines.sources import Source
 from services.batcher import Batcher, Row
 from services.frame_queue import FrameQueue
-from services.inference import InferReply, InferRequest, ModelNotReady
+from services.inference import InferReply, InferRequest, ModelNotReady, NotMine
 from services.lanes import Clip, ClipLane, Sight
 from services.previews import Previews
-from services.pushed import NotMine, PushedSession
+from services.pushed import PushedSession
 from services.requests import Requests, check_request, description_of
 from services.schemas import SEQUENCES, Lease, ReplicaInfo, StreamSpec
 from services.served import Model, Served, ServedRecogniser, serve

@@ -35,12 +35,19 @@ __all__ = [
 Datatype = Literal["BYTES", "UINT8", "INT64", "FP32", "FP64"]
 Parameter = str | int | float | bool
 VERSION = "1"  # every model has this one
+MAX_IN_FLIGHT = 16  # requests of one sequence
 
 
 class ModelNotReady(WorldError):
     """The model exists and no replica holds it at the moment."""
 
     reason = "model_not_ready"
+
+
+class NotMine(WorldError):
+    """The replica does not own the sequence; its frame was not counted, another replica goes on."""
+
+    reason = "not_mine"
 
 
 class BadInput(CallerError):

@@ -25,10 +25,10 @@ from services.inference import (
     ModelInUse,
     ModelNotReady,
     ModelStatistics,
+    NotMine,
     RequestTimeout,
     UnknownModel,
 )
-from services.pushed import NotMine
 from services.requests import check_request, describe_model, description_of
 from services.schemas import Lease
 from services.sequences import Replicas, Sequences

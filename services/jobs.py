@@ -18,22 +18,23 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
 
-from pipelines.infer import FrameResult, infer_file
 from pipelines.media_limits import MediaLimits, checked_video
-from services.engine import pick_device
 from services.schemas import cloud_event, object_event
 from services.settings import Settings
 from services.store import StateStore
 from services.wire import Wire
-from tsm_core.checkpoints import AnyModel, load_model
 from tsm_core.errors import CallerError, TSMError, WorldError
 from tsm_core.types import ObjectEvent
 from tsm_core.zoo import find_model
+
+if TYPE_CHECKING:  # torchvision is slow to import: the first job waits for it, the start of the service does not
+    from pipelines.infer import FrameResult
+    from tsm_core.checkpoints import AnyModel
 
 log = logging.getLogger(__name__)
 
@@ -409,6 +410,8 @@ class JobRunner:
 
     def _infer(self, job: Job) -> Job:
         """The job once all of its video went through; tells on the way how far it is."""
+        from pipelines.infer import infer_file
+
         folder, began_s = self._dir / job.id, time.monotonic()
         told_s, frames, count, done_s = began_s, 0, 0, 0.0
 
@@ -441,6 +444,9 @@ class JobRunner:
         return now()
 
     def _loaded(self, name: str) -> AnyModel:
+        from services.engine import pick_device
+        from tsm_core.checkpoints import load_model
+
         if self._model is None or self._model[0] != name:
             self._model = None  # never two at once
             path = next((model.path for model in self._settings.engine.models if model.name == name), None)

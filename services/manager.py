@@ -21,8 +21,6 @@ from services.store import StateStore, StreamChanged, StreamExists
 from services.stream_models import DETECTOR_OPTIONS, RECOGNISER_OPTIONS, StreamModel
 from services.wanted import WANTED
 from services.wire import Wire
-from tsm_core.checkpoints import read_card
-from tsm_core.cost import multiply_adds
 from tsm_core.detector_recipes import DetectorRecipe
 from tsm_core.errors import CallerError, WorldError
 from tsm_core.postprocess import GestureSmoother
@@ -157,13 +155,21 @@ def served_models(settings: Settings) -> tuple[ServedModel, ...]:
     """
     found = []
     for index, model in enumerate(settings.engine.models):
-        recipe, _ = read_card(find_model(model.name, model.path, [settings.models.folder]))
-        found.append(describe(model.name, recipe, default=index == 0))
+        found.append(_described(model.name, model.path, settings, default=index == 0))
     return tuple(found)
+
+
+def _described(name: str, path: Path | None, settings: Settings, *, default: bool = False) -> ServedModel:
+    from tsm_core.checkpoints import read_card  # torchvision is slow to import, and the controller needs none of it
+
+    recipe, _ = read_card(find_model(name, path, [settings.models.folder]))
+    return describe(name, recipe, default=default)
 
 
 def describe(name: str, recipe: Recipe | DetectorRecipe, *, default: bool = False) -> ServedModel:
     """A model as the doors show it, with what one result of it costs."""
+    from tsm_core.cost import multiply_adds  # imports torchvision, as above
+
     about: dict[str, Any]
     if isinstance(recipe, DetectorRecipe):
         about = {"task": "detection", "mode": "step", "input_px": max(recipe.input_size)}
@@ -347,11 +353,9 @@ class StreamManager:
         """The models that streams can name; the default first. Raises StoreDown."""
         changes = {name: bool(json.loads(text)) for name, text in self.store.documents(WANTED).items()}
         kept = [model for model in self._models if changes.get(model.name, True)]
-        for name in sorted(name for name, wanted in changes.items() if wanted):
-            if all(model.name != name for model in self._models):
-                recipe, _ = read_card(find_model(name, None, [self.settings.models.folder]))
-                kept.append(describe(name, recipe))
-        return tuple(kept)
+        known = {model.name for model in self._models}
+        more = sorted(name for name, wanted in changes.items() if wanted and name not in known)
+        return (*kept, *(_described(name, None, self.settings) for name in more))
 
     def replicas(self) -> list[ReplicaInfo]:
         """The engine replicas that are alive, ordered by id."""

@@ -16,7 +16,7 @@ from typing_extensions import override
 from pipelines.media_limits import MediaLimits
 from services.analytics import Look, Record, Result, View
 from services.frame_queue import FrameQueue, Waiting
-from services.inference import InferReply, InferRequest, Parameter, SequenceBusy
+from services.inference import MAX_IN_FLIGHT, InferReply, InferRequest, NotMine, Parameter, SequenceBusy
 from services.requests import Open, Picture, as_bytes, pictures_of, reply_of, score_tensors
 from services.schemas import Lease, StreamSpec
 from services.served import Served
@@ -26,17 +26,10 @@ from services.snapshots import Snapshot
 from tsm_core.errors import TSMError, WorldError
 from tsm_core.types import Frame, Scores
 
-MAX_IN_FLIGHT = 16  # requests of one sequence
 AHEAD = 2  # frames that are decoded before their turn
 FIRST_FPS = 15.0  # spacing of several frames in the first request of a sequence
 
 Row = dict[str, Any]  # what one frame gave, JSON values
-
-
-class NotMine(WorldError):
-    """The replica does not own the sequence; its frame was not counted, another replica goes on."""
-
-    reason = "not_mine"
 
 
 @dataclass(eq=False, slots=True)

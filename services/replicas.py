@@ -11,9 +11,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 from typing_extensions import override
 
-from services.inference import InferReply, InferRequest, ModelBusy, ModelNotReady
+from services.inference import InferReply, InferRequest, ModelBusy, ModelNotReady, NotMine
 from services.jobs import JobsDoor, JobsDown
-from services.pushed import NotMine
 from services.schemas import Lease
 from services.sequences import Replicas
 from tsm_core.errors import TSMError

@@ -13,15 +13,16 @@ from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 from services.inference import (
+    MAX_IN_FLIGHT,
     InferReply,
     InferRequest,
     ModelNotReady,
     NoCapacity,
+    NotMine,
     RequestTimeout,
     SequenceBusy,
     UnknownSequence,
 )
-from services.pushed import MAX_IN_FLIGHT, NotMine
 from services.schemas import PUSHED, SEQUENCES, Lease, SourceSpec, StreamSpec
 from services.store import StateStore, StreamExists, StreamNotFound
 from services.stream_models import StreamModel

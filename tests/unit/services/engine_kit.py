@@ -121,7 +121,10 @@ def running(
     """An engine at work, stopped at the end."""
     cameras = Cameras()
     models = {MODEL: model or small_model(), **(more or {})}
-    engine = Engine(using or settings(), store, name, models, open_source=cameras.open)
+    using = using or settings()
+    named = using.engine.model_copy(update={"models": tuple(ModelSettings(name=each) for each in models)})
+    using = using.model_copy(update={"engine": named})
+    engine = Engine(using, store, name, models, open_source=cameras.open)
     engine.start()
     try:
         yield engine, cameras
