@@ -27,7 +27,7 @@ from services.rpc.tsm.v1.streams_pb2_grpc import StreamServiceStub
 from tests.integration.test_train import Cluster, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-DEPLOY_S = 200.0  # a minute where nothing else runs
+DEPLOY_S = 400.0  # a minute where nothing else runs
 TOKEN = "t0ken-" + 32 * "c"
 OWN = {"authorization": f"Bearer {TOKEN}"}
 
@@ -71,7 +71,7 @@ def cluster(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluste
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_charts_deployment_serves(serve_config: dict[str, Any], cluster: Cluster, valkey_url: str):
     deployed = httpx.put(f"{cluster.url}/api/serve/applications/", json=serve_config, timeout=DEPLOY_S)
     assert deployed.is_success, deployed.text
