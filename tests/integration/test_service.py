@@ -209,7 +209,8 @@ def test_slow_viewer_costs_nothing(service: RunningService, cameras: SimulatorPr
     host = urlsplit(service.url)
     with socket.create_connection((host.hostname, host.port)) as viewer:
         viewer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        viewer.sendall(b"GET /v1/streams/viewed/mjpeg HTTP/1.1\r\nHost: x\r\n\r\n")  # and reads nothing
+        asks = f"GET /v1/streams/viewed/mjpeg HTTP/1.1\r\nHost: {host.netloc}\r\n\r\n"
+        viewer.sendall(asks.encode())  # and reads nothing
         service.wait(lambda: "viewed" in service.store.watched(), 5, "watched")
         time.sleep(1)
         before = gateway.memory_info().rss
