@@ -18,7 +18,7 @@ import tempfile
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 from urllib.parse import unquote, urlsplit
 
 from typing_extensions import override
@@ -113,13 +113,18 @@ class _ToRelay(logging.Handler):
             except OSError:
                 self._socket.close()
                 self._socket = None
-        sys.stderr.write(line)
+        _stderr().write(line)
+
+
+def _stderr() -> TextIO:
+    """The process's own: in a replica Serve puts a logger in its place, which would log every line of ours anew."""
+    return sys.__stderr__ or sys.stderr
 
 
 def set_up(settings: Settings, replica: str) -> None:
     """Log as the settings say, from every logger of this process; replica: who this process is."""
     path = os.environ.get(RELAY_VARIABLE)
-    handler: logging.Handler = _ToRelay(path) if path else logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = _ToRelay(path) if path else logging.StreamHandler(_stderr())
     handler.setFormatter(JsonLines() if settings.logger.format == "json" else TextLines())
     handler.addFilter(About(replica, _secrets(settings)))
     handler.set_name("tsm")
