@@ -6,6 +6,7 @@ would keep them in files that it removes.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import tempfile
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from typing_extensions import override
@@ -116,9 +117,9 @@ class _ToRelay(logging.Handler):
         _stderr().write(line)
 
 
-def _stderr() -> TextIO:
+def _stderr() -> Any:
     """The process's own: in a replica Serve puts a logger in its place, which would log every line of ours anew."""
-    return sys.__stderr__ or sys.stderr
+    return sys.stderr if isinstance(sys.stderr, io.TextIOBase) else sys.__stderr__
 
 
 def set_up(settings: Settings, replica: str) -> None:
