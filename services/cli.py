@@ -324,36 +324,31 @@ def remove_stream(stream_id: StreamArg, server: Server = LOCAL) -> None:
 @streams_app.command("start")
 def start_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
     """Serve a stopped stream again."""
-    view = ask(server, "POST", _path(stream_id, "/start"))
-    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+    _order(server, stream_id, "start", as_json)
 
 
 @streams_app.command("stop")
 def stop_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
     """Stop serving a stream; it stays registered."""
-    view = ask(server, "POST", _path(stream_id, "/stop"))
-    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+    _order(server, stream_id, "stop", as_json)
 
 
 @streams_app.command("pause")
 def pause_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
     """Close a stream's source; it keeps its place and its shift state."""
-    view = ask(server, "POST", _path(stream_id, "/pause"))
-    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+    _order(server, stream_id, "pause", as_json)
 
 
 @streams_app.command("resume")
 def resume_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
     """Open a paused stream's source again."""
-    view = ask(server, "POST", _path(stream_id, "/resume"))
-    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+    _order(server, stream_id, "resume", as_json)
 
 
 @streams_app.command("restart")
 def restart_stream(stream_id: StreamArg, as_json: Json = False, server: Server = LOCAL) -> None:
     """Close a stream's source and open it anew."""
-    view = ask(server, "POST", _path(stream_id, "/restart"))
-    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
+    _order(server, stream_id, "restart", as_json)
 
 
 @streams_app.command("watch")
@@ -574,6 +569,11 @@ def _row(view: Mapping[str, Any]) -> tuple[str, ...]:
     ]
     sees = ", ".join(filter(None, [status["label"], *counts])) or "-"
     return view["id"], status["state"], f"{status['fps']:.1f}", latency, sees, view["source"]["uri"]
+
+
+def _order(server: str, stream_id: str, verb: str, as_json: bool) -> None:
+    view = ask(server, "POST", _path(stream_id, f"/{verb}"))
+    _show(view, as_json, f"{stream_id}  {view['status']['state']}")
 
 
 def _show(view: Mapping[str, Any], as_json: bool, line: str) -> None:

@@ -147,6 +147,11 @@ CHANGES: dict[str, Any] = {"rate": {"summary": "Recognise fewer frames", "value"
 def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
     """The routes below /v1/streams."""
     router = APIRouter(prefix="/v1", tags=["streams"])
+
+    def looked(view: StreamView) -> StreamView:
+        hub.look()
+        return view
+
     once = Once(manager.store)
 
     @router.post(
@@ -229,33 +234,23 @@ def streams_router(manager: StreamManager, hub: Hub) -> APIRouter:
 
     @router.post("/streams/{stream_id}/start", summary="Serve a stream")
     def start_stream(stream_id: str) -> StreamView:
-        view = manager.start(stream_id)
-        hub.look()
-        return view
+        return looked(manager.start(stream_id))
 
     @router.post("/streams/{stream_id}/stop", summary="Stop serving a stream, keep it registered")
     def stop_stream(stream_id: str) -> StreamView:
-        view = manager.stop(stream_id)
-        hub.look()
-        return view
+        return looked(manager.stop(stream_id))
 
     @router.post("/streams/{stream_id}/pause", summary="Close a stream's source, keep its place and its state")
     def pause_stream(stream_id: str) -> StreamView:
-        view = manager.pause(stream_id)
-        hub.look()
-        return view
+        return looked(manager.pause(stream_id))
 
     @router.post("/streams/{stream_id}/resume", summary="Open a paused stream's source again")
     def resume_stream(stream_id: str) -> StreamView:
-        view = manager.resume(stream_id)
-        hub.look()
-        return view
+        return looked(manager.resume(stream_id))
 
     @router.post("/streams/{stream_id}/restart", summary="Close a stream's source and open it anew")
     def restart_stream(stream_id: str) -> StreamView:
-        view = manager.restart(stream_id)
-        hub.look()
-        return view
+        return looked(manager.restart(stream_id))
 
     @router.get("/streams/{stream_id}/status", summary="What the stream does now")
     def stream_status(stream_id: str) -> StreamStatus:

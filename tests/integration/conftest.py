@@ -19,6 +19,7 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
+from pipelines.decoder_child import die_with_parent
 from services.settings import StoreSettings
 from services.store import RedisStore
 
@@ -86,9 +87,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     temp.mkdir(mode=0o700)
     log = folder / "service.log"
     command = [sys.executable, "-m", "services.cli", "serve", "--config", str(folder / "tsm.yaml")]
+    tests = os.getpid()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(temp)}
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(temp)},
+            preexec_fn=lambda: die_with_parent(tests),  # a run that is killed leaves no service behind
         )
     try:
         url = _address(process, log)

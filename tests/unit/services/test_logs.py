@@ -153,3 +153,16 @@ def test_a_relay_that_takes_nothing_holds_nobody_up(monkeypatch, tmp_path, capsy
             logging.getLogger("actor").info("%d %s", number, "x" * 20_000)
         assert time.monotonic() - began < 5
     assert json.loads(lines(capsys)[-1])["message"].startswith("29 ")
+
+
+def test_a_logger_in_the_place_of_stderr_is_not_written_to(monkeypatch):
+    class LogsWhatIsWritten:  # as Serve has it in its replicas
+        written: list[str] = []
+
+        def write(self, text: str) -> None:
+            self.written.append(text)
+
+    monkeypatch.setattr(sys, "stderr", LogsWhatIsWritten())
+    set_up(settings("json"), "engine-1")
+    logging.getLogger("services.engine").warning("once")
+    assert LogsWhatIsWritten.written == []
