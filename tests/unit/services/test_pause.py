@@ -18,13 +18,11 @@ from services.stream_models import StreamModel
 from tests.unit.services.engine_kit import MODEL, Cameras, give, picture, processed, running, settings, spec, wait
 from tests.unit.services.http_kit import MODELS, serving
 
-BEGAN_S = time.time()
 
-
-def feed(engine: Engine, cameras: Cameras, stream_id: str, number: int) -> None:
+def feed(engine: Engine, cameras: Cameras, stream_id: str, number: int, began_s: float) -> None:
     """One picture at one time, the same for every stream, and wait for its result."""
     before = processed(engine, stream_id)
-    cameras[stream_id].feed(picture("same", number), BEGAN_S + number / 15)
+    cameras[stream_id].feed(picture("same", number), began_s + number / 15)
     wait(lambda: processed(engine, stream_id) > before)
 
 
@@ -39,13 +37,13 @@ def pause(store: MemoryStore, paused: bool) -> None:
 
 
 def test_a_paused_stream_goes_on_as_if_there_had_been_no_pause():
-    store = MemoryStore()
+    store, began_s = MemoryStore(), time.time()
     with running(store) as (engine, cameras):
         give(store, engine, spec("door"), spec("other"))
         for number in range(6):
             for name in ("door", "other"):
                 cameras[name].tell(SourceState("RUNNING"))
-                feed(engine, cameras, name, number)
+                feed(engine, cameras, name, number, began_s)
         first = cameras["door"]
         pause(store, True)
         wait(lambda: first.stopped and state(store, "door") == "PAUSED")
@@ -61,7 +59,7 @@ def test_a_paused_stream_goes_on_as_if_there_had_been_no_pause():
         cameras["door"].tell(SourceState("RUNNING"))
         for number in range(6, 12):
             for name in ("door", "other"):
-                feed(engine, cameras, name, number)
+                feed(engine, cameras, name, number, began_s)
         wait(lambda: state(store, "door") == "RUNNING")
         assert engine.sessions["door"] is session
         assert store.leases()["door"] == lease
@@ -102,7 +100,7 @@ def test_a_paused_stream_moves_and_stays_paused():
     store = MemoryStore()
     with running(store, "r1") as (one, cameras), running(store, "r2") as (two, others):
         give(store, one, spec("door"))
-        feed(one, cameras, "door", 0)
+        feed(one, cameras, "door", 0, time.time())
         pause(store, True)
         wait(lambda: one.sessions["door"].source is None and store.load("door"))
         store.assign("door", "r2")
