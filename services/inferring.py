@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -66,10 +67,14 @@ class StoreInference(Inference):
         await self._known(request.model)
         try:
             async with asyncio.timeout(request.timeout_s):
-                return await self._replicas.infer(request)
-        except ModelNotReady:
-            await asyncio.to_thread(self._check, request.model)  # it may have been unloaded just now
-            raise
+                try:
+                    return await self._replicas.infer(request)
+                except ModelNotReady:  # others may hold it: it is being loaded, or unloaded, or that replica is gone
+                    await asyncio.to_thread(self._check, request.model)
+                    holding = await asyncio.to_thread(self._holding, request.model)
+                    if not holding:
+                        raise
+                return await self._replicas.infer(request, random.choice(holding))
         except TimeoutError:
             raise RequestTimeout(
                 f"{request.model} had no answer within {request.timeout_s:g} s; send less, or give it longer"
@@ -134,6 +139,9 @@ class StoreInference(Inference):
 
     def _held(self) -> set[str]:
         return {name for replica in self._store.replicas() if not replica.draining for name in replica.models}
+
+    def _holding(self, name: str) -> list[str]:
+        return [one.id for one in self._store.replicas() if not one.draining and name in one.models]
 
     def _models(self) -> list[ModelDescription]:
         held = self._held()
@@ -234,10 +242,11 @@ class LocalReplicas(Replicas):
         self._engines = {engine.id: engine for engine in engines}
 
     @override
-    async def infer(self, request: InferRequest) -> InferReply:
-        engines = list(self._engines.values())
-        holding = [engine for engine in engines if request.model in engine.served] or engines
-        return await infer_here(holding[0], request)
+    async def infer(self, request: InferRequest, owner: str | None = None) -> InferReply:
+        engine = next(iter(self._engines.values())) if owner is None else self._engines.get(owner)
+        if engine is None:
+            raise ModelNotReady(f"there is no engine {owner} here")
+        return await infer_here(engine, request)
 
     @override
     async def push(self, lease: Lease, token: str, request: InferRequest) -> InferReply:

@@ -74,9 +74,9 @@ class ServeReplicas(Replicas):
         self._engine = engine.options(_by_reference=False)  # a frame by value takes a third of the time
 
     @override
-    async def infer(self, request: InferRequest) -> InferReply:
+    async def infer(self, request: InferRequest, owner: str | None = None) -> InferReply:
         try:
-            return _reply(await self._engine.infer.remote(request))
+            return _reply(await self._engine.infer.remote(request, owner=owner))
         except (ActorDiedError, ActorUnavailableError, DeploymentUnavailableError):
             raise ModelNotReady(f"the replica that worked on {request.model} is gone; try again") from None
         except BackPressureError:

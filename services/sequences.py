@@ -35,8 +35,8 @@ LONGEST_WAIT_S = 0.1
 class Replicas(Protocol):
     """The engine replicas, as a gateway calls them."""
 
-    async def infer(self, request: InferRequest) -> InferReply:
-        """The answer of any replica that holds the model."""
+    async def infer(self, request: InferRequest, owner: str | None = None) -> InferReply:
+        """The answer of any replica, or of this one. Raises ModelNotReady when it does not hold the model."""
 
     async def push(self, lease: Lease, token: str, request: InferRequest) -> InferReply:
         """The answer of the lease's owner. Raises NotMine when it is another's by now, or the owner is gone."""

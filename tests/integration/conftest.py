@@ -22,7 +22,10 @@ from pydantic import SecretStr
 from pipelines.decoder_child import die_with_parent
 from services.settings import StoreSettings
 from services.store import RedisStore
+from tests.sinks_kit import SECRETS, Receiver
+from tests.unit.services.tracing_kit import Collector
 
+HOOKED = "hooked-*"  # streams whose events the webhook is told
 START_S = 240.0
 STOP_S = 60.0
 
@@ -37,6 +40,8 @@ class RunningService:
     temp: Path
     store: RedisStore
     http: httpx.Client
+    hook: Receiver
+    traces: Collector
 
     @property
     def grpc(self) -> str:
@@ -74,12 +79,22 @@ class RunningService:
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     folder = tmp_path_factory.mktemp("service")
+    hook, traces = Receiver(), Collector()
+    hook.start()
     (folder / "tsm.yaml").write_text(
         json.dumps(
             {
                 "server": {"port": 0, "grpc_port": 0},
                 "store": {"data_dir": str(folder / "data")},
                 "engine": {"replicas": 2},
+                "couriers": {"retry_first_s": 0.2, "retry_cap_s": 1.0},
+                "webhooks": {
+                    "sinks": [
+                        {"name": "hook", "url": hook.url, "secrets": SECRETS[:1], "streams": [HOOKED], "batch": 50}
+                    ],
+                    "networks": ["loopback"],
+                },
+                "telemetry": {"otlp_endpoint": traces.url, "frame_sample": 0.1},
             }
         )
     )
@@ -100,7 +115,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         url = _address(process, log)
         store = RedisStore(StoreSettings(url=_store_url(folder / "data"), state_url=_store_url(folder / "data/state")))
         with httpx.Client(base_url=url, timeout=30.0, trust_env=False) as http:
-            running = RunningService(url, process, log, temp, store, http)
+            running = RunningService(url, process, log, temp, store, http, hook, traces)
             running.wait(lambda: http.get("/healthz").is_success, 10.0, "healthy")
             yield running
         store.close()
@@ -116,6 +131,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
             process.kill()
             process.wait()
         subprocess.run(["rm", "-rf", str(temp)], check=True)
+        hook.stop()
+        traces.stop()
 
 
 def _store_url(data_dir: Path) -> SecretStr:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 import uuid
@@ -19,12 +19,14 @@ import grpc
 import httpx
 import pytest
 import redis
+from playwright.sync_api import Response, expect, sync_playwright
 from websockets.sync.client import connect
 
 from pipelines.simulator import SimulatorProcess, start_simulator
 from services.rpc.tsm.v1 import streams_pb2 as pb
 from services.rpc.tsm.v1.streams_pb2_grpc import StreamServiceStub
 from tests.integration.conftest import RunningService
+from tests.integration.test_page import BROWSERS, FLAGS
 
 PASSWORD = "c4nary p@ss/wörd%"
 WRONG = "wr0ngcanary!"  # sent to a camera that refuses it
@@ -96,7 +98,7 @@ def test_no_place_shows_a_password(service: RunningService, camera: SimulatorPro
 
     made = keep("create", service.http.post("/v1/streams", json={"id": "vault", "source": source}))
     assert made.status_code == 201, made.text
-    service.http.post("/v1/streams?probe=false", json={"id": "wrong", "source": {**source, "password": WRONG}})
+    service.http.post("/v1/streams?probe=false", json={"id": "hooked-wrong", "source": {**source, "password": WRONG}})
     for name, body in bodies(uri):
         headers = {"Content-Type": "application/json", "Idempotency-Key": str(uuid.uuid4())}
         refused = keep(name, service.http.post("/v1/streams", headers=headers, **body))
@@ -106,7 +108,7 @@ def test_no_place_shows_a_password(service: RunningService, camera: SimulatorPro
     keep("patch", service.http.patch("/v1/streams/vault", json={"source": source}))
     keep("bad patch", service.http.patch("/v1/streams/vault", json={"source": {**source, "colour": PASSWORD}}))
 
-    with grpc.insecure_channel(_grpc(service)) as channel:
+    with grpc.insecure_channel(service.grpc) as channel:
         streams = StreamServiceStub(channel)
         stream = pb.Stream(id="grpc", source=pb.Source(**source))
         seen["grpc"] = str(streams.CreateStream(pb.CreateStreamRequest(stream=stream), timeout=30)).encode()
@@ -126,19 +128,24 @@ def test_no_place_shows_a_password(service: RunningService, camera: SimulatorPro
         for place, done in zip(runs, pool.map(lambda run: _tsm(service, *run), runs.values()), strict=True):
             seen[place] = done
     service.wait(lambda: service.status("vault")["state"] == "RUNNING", 60, "the password reached the camera")
-    service.wait(lambda: service.status("wrong")["error_code"] == "STREAM_AUTH_FAILED", 60, "the wrong one too")
+    service.wait(lambda: service.status("hooked-wrong")["error_code"] == "STREAM_AUTH_FAILED", 60, "the wrong one too")
 
-    for path in ("streams", "streams/vault", "streams/wrong/status", "events", "stats", "config/schema.json"):
+    for path in ("streams", "streams/vault", "streams/hooked-wrong/status", "events", "stats", "config/schema.json"):
         keep(path, service.http.get(f"/v1/{path}"))
     for path in ("/metrics", "/", "/openapi.json", "/v1/streams/vault/latest.jpg"):
         keep(path, service.http.get(path))
-    with httpx.stream("GET", f"{service.url}/v1/streams/wrong/events?after=0", timeout=10, trust_env=False) as feed:
+    with httpx.stream(
+        "GET", f"{service.url}/v1/streams/hooked-wrong/events?after=0", timeout=10, trust_env=False
+    ) as feed:
         lines = feed.iter_lines()
         seen["sse"] = "\n".join(line for line, _ in zip(lines, range(6), strict=False)).encode()
     with connect(service.url.replace("http", "ws", 1) + "/v1/ws", open_timeout=10) as socket:
         seen["websocket"] = str(socket.recv(timeout=10)).encode()
 
-    seen |= _behind(service)
+    seen |= _page(service, "hooked-wrong") | _behind(service)
+    service.wait(lambda: b"STREAM_AUTH_FAILED" in _hooked(service), 20, "the webhook is told of the fault")
+    service.wait(lambda: b"POST /v1/streams" in _traced(service), 20, "the collector is told of the requests")
+    seen |= {"webhook": _hooked(service), "traces": _traced(service)}
     assert b'"sealed":"v1.' in seen["store"], "the dump was looked at"
     assert b"STREAM_AUTH_FAILED" in seen["log"], "and so was the log"
     for secret in (PASSWORD, WRONG):
@@ -162,7 +169,7 @@ def test_no_place_shows_a_token(service: RunningService) -> None:
             keep(f"{name} {path[:12]}", lambda path=path, headers=headers: service.http.get(path, headers=headers))
         keep(f"{name} login", lambda given=given: service.http.post("/v1/login", json={"token": given + "x"}))
         keep(f"{name} basic", lambda given=given: service.http.get("/v1/streams", auth=("me", given)))
-        with grpc.insecure_channel(_grpc(service)) as channel:
+        with grpc.insecure_channel(service.grpc) as channel:
             metadata = (("authorization", f"Bearer {given}"),)
             try:
                 found = StreamServiceStub(channel).ListStreams(pb.ListStreamsRequest(), metadata=metadata, timeout=10)
@@ -172,17 +179,12 @@ def test_no_place_shows_a_token(service: RunningService) -> None:
         environment = {"TSM_TOKEN": given}
         seen[f"{name} cli"] = _tsm(service, ("streams", "list"), "", environment)
     keep("metrics", lambda: service.http.get("/metrics"))
-    seen |= _behind(service)
+    service.wait(lambda: b"GET /v1/tokens" in _traced(service), 20, "the collector is told of the requests")
+    seen |= {"traces": _traced(service)} | _behind(service)
     for secret in (token, MADE_UP):
         own = ("/v1/streams/", "/v1/streams?")  # an answer may repeat what stood in its own address
         assert not [place for place in places(secret, seen) if not place.endswith(own)]
     service.http.delete(f"/v1/tokens/{name_of_token}")
-
-
-def _grpc(service: RunningService) -> str:
-    found = re.search(r"gRPC on ([^\s;]+)", service.log.read_text())
-    assert found
-    return found[1]
 
 
 def _tsm(
@@ -193,6 +195,34 @@ def _tsm(
         command, input=typed.encode(), capture_output=True, timeout=180, env={**os.environ, **(environment or {})}
     )
     return done.stdout + done.stderr
+
+
+def _hooked(service: RunningService) -> bytes:
+    return json.dumps([service.hook.requests, service.hook.events], ensure_ascii=False).encode()
+
+
+def _traced(service: RunningService) -> bytes:
+    return b"".join(service.traces.bodies)
+
+
+def _page(service: RunningService, stream_id: str) -> dict[str, bytes]:
+    """What a browser shows of a stream, and every answer it was sent; nothing without a browser."""
+    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if binary is None:
+        return {}
+    answers: list[Response] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=binary, args=FLAGS)
+        page = browser.new_page()
+        page.on("response", answers.append)
+        page.goto(f"{service.url}/")
+        tile = page.locator(f'[data-stream="{stream_id}"]')
+        expect(tile).to_be_visible(timeout=30_000)
+        expect(tile).to_contain_text("password", timeout=30_000)  # that it is wrong
+        shown = page.content() + page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])")
+        fetched = [answer.url + str(answer.all_headers()) for answer in answers]
+        browser.close()
+    return {"page": shown.encode(), "page's requests": "\n".join(fetched).encode()}
 
 
 def _behind(service: RunningService) -> dict[str, bytes]:

@@ -121,15 +121,17 @@ def test_a_drained_replicas_streams_go_on_elsewhere_with_their_state(cameras, st
 
 def test_what_the_camera_sent_is_processed_or_counted_as_dropped(cameras, store, engines):
     serve(store, cameras)
-    wait(lambda: all(sees(store, name, 20) for name in CAMERAS), 60)
+    wait(lambda: all(sees(store, name, 30) for name in CAMERAS), 60)
+    off_s = time.time()
     for name in CAMERAS:
         spec = store.get_stream(name)
         store.put_stream(spec.model_copy(update={"enabled": False, "revision": 2}), create=False)
     wait(lambda: all(_balanced(status(store, name)) for name in CAMERAS), 10)
     for name in CAMERAS:
         received = status(store, name).received
-        sent = len(SimulatorClient(f"rtsp://127.0.0.1:{cameras.port}/{name}").log())
-        assert 0 <= sent - received <= 8  # on the wire or in the decoder when the connection was cut
+        sent = SimulatorClient(f"rtsp://127.0.0.1:{cameras.port}/{name}").log()
+        before = [entry for entry in sent if entry.sent_unix_s < off_s - 1]  # later ones may be cut off on their way
+        assert len(before) <= received <= len(sent)
 
 
 ALONE = """

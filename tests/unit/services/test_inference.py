@@ -11,7 +11,7 @@ import torch
 
 from pipelines.infer import infer_file
 from services.engine import Engine
-from services.inference import BadInput, ModelBusy, ModelInUse, SequenceCall, UnknownModel
+from services.inference import BadInput, ModelBusy, ModelInUse, ModelNotReady, SequenceCall, UnknownModel
 from services.inferring import LocalInference
 from services.manager import SourceNotAllowed, StreamManager
 from services.requests import MAX_FRAMES, MAX_WAITING
@@ -305,6 +305,24 @@ def test_models_are_loaded_and_unloaded_while_streams_go_on(service, images):
     engine.healthy()
     states = {one.name: one.state for one in ran(service.index())}
     assert (states[MODEL], states["other"], states["broken"]) == ("READY", "UNAVAILABLE", "UNAVAILABLE")
+
+
+def test_a_request_goes_on_to_a_replica_that_holds_the_model(tmp_path, images):
+    save_model(tmp_path / f"{MODEL}.safetensors", small_model())
+    save_model(tmp_path / "other.safetensors", small_model(1))
+    using = settings().model_copy(update={"models": ModelsSettings(dir=tmp_path)})
+    store = MemoryStore()
+    first, second = (Engine(using, store, name) for name in ("r1", "r2"))
+    second.start()
+    wait(lambda: len(store.replicas()) == 1)
+    local = LocalInference(first, second)  # the first has not begun: it holds nothing yet
+    ran(local.load("other"))
+    assert ran(local.ready("other"))
+    assert ran(local.infer(request("other", frame=images[:1]))).model == "other"
+    second.stop()
+    with pytest.raises(ModelNotReady, match="at the moment"):
+        ran(local.infer(request("other", frame=images[:1])))
+    first.stop()
 
 
 def test_what_cannot_be_loaded_or_unloaded_is_told(service):
