@@ -1,4 +1,4 @@
-"""The README's commands exist as written: make targets, tsm commands with their options, and files it links to."""
+"""Commands of the README and of docs/ exist as written: make targets, tsm commands with their options, linked files."""
 
 import re
 import shlex
@@ -10,10 +10,11 @@ import typer
 from services.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
-TSM = sorted(set(re.findall(r"^\.venv/bin/tsm (.*)$", SHELL, re.MULTILINE)))
-MAKE = sorted(set(re.findall(r"(?:^|`|&& )make ([a-z0-9-]+)", README, re.MULTILINE)))
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = "\n".join(PAGES.values())
+SHELL = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", TEXT, re.DOTALL))
+TSM = sorted(set(re.findall(r"^(?:\.venv/bin/)?tsm (.*)$", SHELL, re.MULTILINE)))
+MAKE = sorted(set(re.findall(r"(?:^|`|&& )make ([a-z0-9-]+)", TEXT, re.MULTILINE)))
 
 
 @pytest.mark.parametrize("line", TSM)
@@ -33,10 +34,10 @@ def test_make_target_exists(target: str):
 
 
 def test_linked_files_exist():
-    missing = [link for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) if not (ROOT / link).exists()]
-    assert not missing
+    links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)]
+    assert not [(page.name, link) for page, link in links if not (page.parent / link).exists()]
 
 
 def test_there_are_commands_to_check():
-    assert len(TSM) >= 6
+    assert len(TSM) >= 20
     assert {"demo", "test", "serve", "check", "bench"} <= set(MAKE)
