@@ -22,7 +22,17 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.http.problems import PRIVATE, problem_of
-from services.locks.callers import ANYONE, ROLES, BadToken, Caller, CrossOrigin, Locks, WrongHost, on_loopback
+from services.locks.callers import (
+    ANYONE,
+    RECHECK_S,
+    ROLES,
+    BadToken,
+    Caller,
+    CrossOrigin,
+    Locks,
+    WrongHost,
+    on_loopback,
+)
 from services.locks.tokens import Role
 from services.settings import Settings
 from tsm_core.errors import CallerError, TSMError
@@ -33,7 +43,6 @@ COOKIE = "tsm_session"
 PLAIN: dict[str, Policy] = {"/openapi.json": "viewer", "/static": "public"}  # what is served without being an API route
 SOCKETS: dict[str, Policy] = {"/v1/ws": "viewer"}
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-RECHECK_S = 5.0  # a feed of a token that is revoked ends after so long
 
 
 def caller_of(connection: HTTPConnection) -> Caller:

@@ -19,6 +19,7 @@ from tsm_core.errors import CallerError
 ROLES: tuple[Role, ...] = get_args(Role)
 """Weakest first; each may do what those before it may."""
 SESSIONS = "sessions"
+RECHECK_S = 5.0  # a feed of a token that is revoked ends with the first message after so long
 
 
 class NoToken(CallerError):

@@ -94,6 +94,30 @@ def test_a_token_of_some_streams_sees_no_others():
         assert invoke(channel, "CreateStream", nameless, own) == (CODE.PERMISSION_DENIED, "forbidden")
 
 
+def test_a_feed_ends_when_its_token_is_revoked(monkeypatch):
+    monkeypatch.setattr("services.rpc.server.RECHECK_S", 0.2)
+    monkeypatch.setattr("services.rpc.streams.HEARTBEAT_S", 0.2)
+    manager = manager_of(OWN, required="always")
+    tokens = Locks(manager.store, manager.settings).tokens
+    metadata = bearer(tokens.create("looker", "viewer")[1])
+    with rpc_door(manager) as channel:
+        streams = StreamServiceStub(channel)
+        feeds = [
+            streams.WatchStreams(pb.WatchStreamsRequest(), metadata=metadata, timeout=30),
+            streams.ReceiveEvents(pb.ReceiveEventsRequest(), metadata=metadata, timeout=30),
+        ]
+        began_s = time.monotonic()
+        for feed in feeds:
+            next(feed)
+            while time.monotonic() < began_s + 1:
+                next(feed)  # it goes on while the token is good
+        tokens.revoke("looker")
+        for feed in feeds:
+            with pytest.raises(grpc.RpcError) as ended:
+                list(feed)
+            assert ended.value.code() == CODE.UNAUTHENTICATED
+
+
 def test_a_method_without_a_role_is_for_admins():
     service = stream_service(manager := manager_of(required="always"), Hub(manager))
     bare = RpcService(service.descriptor, service.servicer, {"ListStreams": "viewer"})
