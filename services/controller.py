@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from services.schemas import Lease, ReplicaInfo, StreamSpec, StreamStatus, state_event
+from services.schemas import SEQUENCE_PREFIX, SEQUENCES, Lease, ReplicaInfo, StreamSpec, StreamStatus, state_event
 from services.settings import ControllerSettings
 from services.store import StaleLease, StateStore, StoreDown, StreamNotFound
 
 SETTLE_S = 2.0  # a replica so long alive may be given streams of others, one in each such time
 NEW_SEQUENCE_S = 2.0  # a sequence so young is given to a replica by the gateway that began it
+FORGET_S = 600.0  # of a sequence that is over for so long nothing is kept
 HUNG_S = 15.0  # a look takes milliseconds, a store that is down a few seconds
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class Controller:
         self._seen: dict[str, float] = {}  # live replicas, since when
         self._ended: dict[str, int] = {}  # files that are over, and the revision that was served
         self._moved_at = 0.0
+        self._over: set[str] = set()  # sequences that were gone at the last look for them
+        self._looked_for_over_at = time.monotonic()
 
     def start(self) -> None:
         """Begin to look at the registry every `tick_s`."""
@@ -153,6 +156,9 @@ class Controller:
             self._patient_until = now + patience_s
         if self.leading:
             self._reconcile(now)
+            if now - self._looked_for_over_at >= FORGET_S:
+                self._looked_for_over_at = now
+                self._forget_sequences()
         self._looked_at = time.monotonic()
 
     def _reconcile(self, now: float) -> None:
@@ -204,6 +210,12 @@ class Controller:
         for stream_id, spec in specs.items():
             if not spec.enabled:
                 self._announce(stream_id, statuses.get(stream_id), StreamStatus(state="STOPPED", since=0))
+
+    def _forget_sequences(self) -> None:
+        """Forget the sequences that were gone at the last look too, and of which no late frame is expected."""
+        over = self._store.absent(SEQUENCE_PREFIX) - self._store.documents(SEQUENCES).keys()
+        self._store.forget(over & self._over)
+        self._over = over - self._over
 
     def _announce(self, stream_id: str, before: StreamStatus | None, now: StreamStatus) -> None:
         """Write the state of a stream that has no owner, unless it is written already; its counters stay."""

@@ -17,6 +17,7 @@ from tsm_core.types import ActionEvent, ObjectEvent, Scores, Track
 
 EVENT_PREFIX = "tsm.v1"
 PUSHED = "push:"  # the source of a sequence
+SEQUENCE_PREFIX = "seq-"  # ids of the streams that sequences are
 SEQUENCES = "sequences"  # the kind of document that says what became of sequences that are over
 
 StreamState = Literal["STARTING", "RUNNING", "RESTARTING", "PAUSED", "STOPPING", "STOPPED", "FAILED", "ENDED"]

@@ -23,7 +23,7 @@ from services.inference import (
     SequenceBusy,
     UnknownSequence,
 )
-from services.schemas import PUSHED, SEQUENCES, Lease, SourceSpec, StreamSpec
+from services.schemas import PUSHED, SEQUENCE_PREFIX, SEQUENCES, Lease, SourceSpec, StreamSpec
 from services.store import StateStore, StreamExists, StreamNotFound
 from services.stream_models import StreamModel
 
@@ -88,7 +88,7 @@ class Turns:
 
 def sequence_stream(model: str, sequence_id: str) -> str:
     """The id of the stream that a sequence is."""
-    return "seq-" + hashlib.sha256(f"{model}\0{sequence_id}".encode()).hexdigest()[:32]
+    return SEQUENCE_PREFIX + hashlib.sha256(f"{model}\0{sequence_id}".encode()).hexdigest()[:32]
 
 
 class Sequences:

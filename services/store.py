@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import islice
@@ -102,6 +102,15 @@ class StateStore(Protocol):
         """Forget the stream: specification, lease, status, picture and state; with `before` only if it is still that.
 
         Its feeds stay readable for a minute. Raises StreamNotFound, StreamChanged.
+        """
+
+    def absent(self, prefix: str) -> set[str]:
+        """Streams that are gone and whose epochs and sequences are still kept; of those whose ids begin so."""
+
+    def forget(self, stream_ids: Collection[str]) -> None:
+        """Keep the epochs and sequences of these no longer, unless they are registered: one that comes back is new.
+
+        Call it long after the last owner of any of them has seen that its lease is stale.
         """
 
     def heartbeat(self, info: ReplicaInfo, ttl_ms: int) -> None:
@@ -332,6 +341,18 @@ class MemoryStore(StateStore):
             self._statuses.pop(stream_id, None)
             self._states.pop(stream_id)
             self._previews.pop(stream_id)
+
+    @override
+    def absent(self, prefix: str) -> set[str]:
+        with self._lock:
+            return {one for one in {*self._epochs, *self._sequences} - self._specs.keys() if one.startswith(prefix)}
+
+    @override
+    def forget(self, stream_ids: Collection[str]) -> None:
+        with self._lock:
+            for stream_id in set(stream_ids) - self._specs.keys():
+                self._epochs.pop(stream_id, None)
+                self._sequences.pop(stream_id, None)
 
     @override
     def heartbeat(self, info: ReplicaInfo, ttl_ms: int) -> None:
@@ -649,6 +670,17 @@ redis.call('HSET', KEYS[2], ARGV[1], string.format('%d:%s', epoch, ARGV[2]))
 return epoch
 """)
 
+FORGET = Script("""
+-- KEYS specs, epochs, sequences. ARGV ids
+for _, name in ipairs(ARGV) do
+  if redis.call('HEXISTS', KEYS[1], name) == 0 then
+    redis.call('HDEL', KEYS[2], name)
+    redis.call('HDEL', KEYS[3], name)
+  end
+end
+return 1
+""")
+
 RELEASE = Script("""
 -- KEYS leases. ARGV id, token
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
@@ -836,6 +868,22 @@ class RedisStore(StateStore):
         if self._states is not self._main:
             with self._world(self._states):
                 self._states.delete(state, preview)
+
+    @override
+    def absent(self, prefix: str) -> set[str]:
+        with self._world(), self._main.pipeline(transaction=True) as pipe:
+            for name in ("epochs", "sequences", "specs"):
+                pipe.hkeys(self._key(name))
+            epochs, sequences, specs = pipe.execute()
+        gone: set[bytes] = {*epochs, *sequences} - {*specs}
+        return {name.decode() for name in gone if name.startswith(prefix.encode())}
+
+    @override
+    def forget(self, stream_ids: Collection[str]) -> None:
+        keys = [self._key(name) for name in ("specs", "epochs", "sequences")]
+        names = sorted(stream_ids)
+        for begin in range(0, len(names), 1000):
+            self._run(FORGET, keys, names[begin : begin + 1000])
 
     @override
     def heartbeat(self, info: ReplicaInfo, ttl_ms: int) -> None:

@@ -190,6 +190,22 @@ def test_former_owner_cannot_write(store: StateStore) -> None:
     assert store.latest_sequence("door") == 1
 
 
+def test_what_is_long_gone_is_forgotten_and_what_is_registered_is_not(store: StateStore) -> None:
+    for name in ("seq-a", "seq-b", "door"):
+        store.put_stream(spec(name), create=True)
+        store.publish(store.assign(name, "a"), events=[{"n": 1}])
+    store.delete_stream("seq-a")
+    store.delete_stream("door")
+    assert store.absent("seq-") == {"seq-a"}
+    assert store.absent("") == {"seq-a", "door"}
+    store.forget({"seq-a", "seq-b", "unknown"})
+    assert store.absent("") == {"door"}
+    assert [store.latest_sequence(name) for name in ("seq-a", "seq-b", "door")] == [0, 1, 1]
+    store.put_stream(spec("seq-a"), create=True)
+    assert store.assign("seq-a", "a").epoch == 1
+    assert store.assign("seq-b", "a").epoch == 2
+
+
 def test_same_epoch_of_another_owner_is_stale(store: StateStore) -> None:
     lease = owned(store)
     with pytest.raises(StaleLease):

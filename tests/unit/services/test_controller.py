@@ -11,7 +11,7 @@ import pytest
 
 from services import controller
 from services.controller import Controller, plan
-from services.schemas import PUSHED, Lease, ReplicaInfo, SourceSpec, StreamSpec, StreamStatus
+from services.schemas import PUSHED, SEQUENCES, Lease, ReplicaInfo, SourceSpec, StreamSpec, StreamStatus
 from services.settings import ControllerSettings, StoreSettings
 from services.store import MemoryStore, StaleLease, StoreDown
 
@@ -297,6 +297,23 @@ def test_new_replica_gets_its_share(
     epochs = {name: lease.epoch for name, lease in store.leases().items()}
     time.sleep(0.3)
     assert {name: lease.epoch for name, lease in store.leases().items()} == epochs, "and then there is peace"
+
+
+def test_a_sequence_that_is_long_over_leaves_nothing(
+    store: UnreachableStore, lead: Callable[[str], Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller, "FORGET_S", 0.1)
+    for name in ("seq-over", "seq-late", "seq-goes-on", "door"):
+        store.put_stream(spec(name), create=True)
+        store.assign(name, "X")
+        if name != "seq-goes-on":
+            store.delete_stream(name)
+    store.put_document(SEQUENCES, "seq-late", "ended", 60)
+    lead("c1")
+    until(lambda: store.absent("") == {"seq-late", "door"})
+    time.sleep(0.3)
+    assert store.absent("") == {"seq-late", "door"}
+    assert store.assign("seq-goes-on", "X").epoch == 2
 
 
 def test_a_new_sequence_is_left_to_the_gateway_that_began_it(
