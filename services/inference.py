@@ -24,6 +24,7 @@ __all__ = [
     "ModelNotReady",
     "ModelStatistics",
     "NoCapacity",
+    "OutOfStep",
     "RequestTimeout",
     "SequenceBusy",
     "SequenceCall",
@@ -60,6 +61,12 @@ class UnknownSequence(CallerError):
     """A frame of a sequence that is over: it was ended, or evicted because it stood still too long."""
 
     reason = "unknown_sequence"
+
+
+class OutOfStep(CallerError):
+    """A frame that says which one it is, and is not the next of its sequence; it has no effect."""
+
+    reason = "out_of_step"
 
 
 class SequenceBusy(WorldError):
@@ -99,7 +106,8 @@ class SequenceCall:
 class InferRequest:
     """One request. Exactly one input is given; BYTES inputs are object arrays of bytes.
 
-    version: empty for any. timestamp_s: the frame's own time, in a sequence; None: when it came. outputs: names of
+    version: empty for any. timestamp_s: the frame's own time, in a sequence; None: when it came. frame_number: which
+    frame of the sequence its first one is, from 0; None: the next. outputs: names of
     those that are wanted; None: all. trace: a W3C traceparent.
     """
 
@@ -108,6 +116,7 @@ class InferRequest:
     version: str = ""
     sequence: SequenceCall | None = None
     timestamp_s: float | None = None
+    frame_number: int | None = None
     timeout_s: float = 30.0
     outputs: tuple[str, ...] | None = None
     trace: str | None = None
@@ -201,7 +210,7 @@ class Inference(Protocol):
         """The outputs of one request.
 
         Raises UnknownModel, ModelNotReady, BadInput, ModelBusy, RequestTimeout, and for sequences UnknownSequence,
-        SequenceBusy and NoCapacity.
+        OutOfStep, SequenceBusy and NoCapacity.
         """
 
     async def models(self) -> Sequence[ModelDescription]:

@@ -103,7 +103,7 @@ async def infer(inference: Inference, call: Call, caller: Caller | None = None, 
 
     Raises what Inference.infer does, ModelNotFound, and Forbidden for a sequence that the caller may not see.
     """
-    sequence, timestamp_s, timeout_s = read_parameters(call.parameters)
+    sequence, timestamp_s, timeout_s, frame_number = read_parameters(call.parameters)
     if sequence is not None and caller is not None and not caller.sees(sequence.id):
         raise Forbidden(f"{caller.name!r} may push to {', '.join(caller.streams or ())} only, not to {sequence.id!r}")
     wanted = tuple(dict.fromkeys(one.name for one in call.outputs))
@@ -118,6 +118,7 @@ async def infer(inference: Inference, call: Call, caller: Caller | None = None, 
         inputs=call.inputs,
         sequence=sequence,
         timestamp_s=timestamp_s,
+        frame_number=frame_number,
         outputs=wanted or None,
         trace=current_traceparent() or trace,
         **({} if timeout_s is None else {"timeout_s": timeout_s}),
@@ -174,8 +175,10 @@ def read_sequence_id(parameters: Mapping[str, Parameter]) -> str:
     return str(given) if given else ""
 
 
-def read_parameters(parameters: Mapping[str, Parameter]) -> tuple[SequenceCall | None, float | None, float | None]:
-    """(sequence, timestamp in seconds, timeout in seconds); parameters that are not known say nothing.
+def read_parameters(
+    parameters: Mapping[str, Parameter],
+) -> tuple[SequenceCall | None, float | None, float | None, int | None]:
+    """(sequence, timestamp in seconds, timeout in seconds, frame number); parameters not known say nothing.
 
     Raises BadInput for one that is known and has a value that it cannot have.
     """
@@ -189,6 +192,7 @@ def read_parameters(parameters: Mapping[str, Parameter]) -> tuple[SequenceCall |
         SequenceCall(sequence_id, start, end) if sequence_id else None,
         _seconds(parameters, "timestamp"),
         min(timeout_us / 1e6, MAX_TIMEOUT_S) if timeout_us else None,
+        _whole(parameters, "frame_number") if "frame_number" in parameters else None,
     )
 
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 from pipelines.media_limits import MediaLimits
 from services.analytics import Look, Record, Result, View
 from services.frame_queue import FrameQueue, Waiting
-from services.inference import MAX_IN_FLIGHT, InferReply, InferRequest, NotMine, Parameter, SequenceBusy
+from services.inference import MAX_IN_FLIGHT, InferReply, InferRequest, NotMine, OutOfStep, Parameter, SequenceBusy
 from services.requests import Open, Picture, as_bytes, pictures_of, reply_of, score_tensors
 from services.schemas import Lease, StreamSpec
 from services.served import Served
@@ -96,7 +96,8 @@ class PushedSession(Session):
         self._leaving = False
         self._begins = False  # a picture that should have begun the sequence could not be read: the next one does
         self._number = 0  # of the next frame
-        self._base = 0  # number of the frame that began the sequence
+        self._base = 0  # number of the frame that began the sequence, of those that have a result
+        self._sent_base = 0  # the same, of those that were sent to the model
         self._time_s: float | None = None  # of the newest frame
         self._token = ""  # of the newest request of which frames were counted
         self._rows: list[Row] = []  # what they gave
@@ -114,6 +115,7 @@ class PushedSession(Session):
         memory = snapshot.memory
         self._number = snapshot.frame_number + 1
         self._time_s = snapshot.time_s
+        self._sent_base = int(memory["base"])
         self._base, self._token, self._rows = int(memory["base"]), str(memory["token"]), list(memory["rows"])
         self._told = int(memory["number"]), (int(memory["warmup"][0]), int(memory["warmup"][1]))
 
@@ -207,14 +209,21 @@ class PushedSession(Session):
                 if push is None or self.queue.queued >= AHEAD or self.frozen:
                     self._feeding = False
                     return
-            self._begin(push)
+            try:
+                self._begin(push)
+            except OutOfStep as error:
+                self._drop(push, error)
+                continue
             if push.opens:
                 self._send(push)
             elif len(push.rows) == push.frames:
                 self._answer(push)
 
     def _begin(self, push: Push) -> None:
-        """Before a request's first frame: leave out what was counted before, and say when the others were taken."""
+        """Before a request's first frame: leave out what was counted before, and say when the others were taken.
+
+        Raises OutOfStep.
+        """
         if push.times_s or push.rows:
             return
         if push.token == self._token:
@@ -223,7 +232,19 @@ class PushedSession(Session):
             push.number, push.warmup = self._told
             for _ in push.rows:
                 push.opens.popleft()
+        else:
+            self._check_number(push)
         push.times_s.extend(self._times(push, len(push.opens)))
+
+    def _check_number(self, push: Push) -> None:
+        """Raises OutOfStep when the request's first frame says that it is another than the next."""
+        given = push.request.frame_number
+        following = 0 if push.begins or self._begins else self._number - self._sent_base
+        if given is not None and given != following:
+            raise OutOfStep(
+                f"sequence {self.spec.name!r} goes on with frame {following}, and this is frame {given}; send those "
+                f"from {following} on again (a replica that is lost takes the frames since its last save with it)"
+            )
 
     def _times(self, push: Push, count: int) -> list[float]:
         """Frames of one request came evenly since the one before."""
@@ -240,17 +261,22 @@ class PushedSession(Session):
             picture = push.opens.popleft()()
         except TSMError as error:
             self._begins |= push.begins
-            with self._pushing:
-                push.opens.clear()
-                if push in self._pushes:
-                    self._pushes.remove(push)
-            _settle(push.answer, error)
+            self._drop(push, error)
             return
         time_s = push.times_s.popleft()
         number, self._number = self._number, self._number + 1
-        self._items[number] = _Item(push, picture, push.begins or self._begins)
+        item = self._items[number] = _Item(push, picture, push.begins or self._begins)
+        if item.begins:
+            self._sent_base = number
         push.begins = self._begins = False
         self.on_frame(Frame(self.id, number, picture.image, time_s, time_s, picture.size))
+
+    def _drop(self, push: Push, error: TSMError) -> None:
+        with self._pushing:
+            push.opens.clear()
+            if push in self._pushes:
+                self._pushes.remove(push)
+        _settle(push.answer, error)
 
     # ---- from the batching loop
 

@@ -64,7 +64,8 @@ class RequestedOutput(Told):
 class InferenceRequest(Told):
     """One request.
 
-    Parameters: sequence_id, sequence_start, sequence_end, timestamp (s), timeout (us), priority, binary_data_output.
+    Parameters: sequence_id, sequence_start, sequence_end, timestamp (s), frame_number, timeout (us), priority,
+    binary_data_output.
     """
 
     id: Text = ""

@@ -19,7 +19,7 @@ from pipelines.media_limits import MediaTooLarge
 from services.couriers.office import SinkNotFound
 from services.event_query import EventNotFound
 from services.http.idempotency import KeyInFlight
-from services.inference import ModelBusy, ModelInUse, RequestTimeout, SequenceBusy, UnknownSequence
+from services.inference import ModelBusy, ModelInUse, OutOfStep, RequestTimeout, SequenceBusy, UnknownSequence
 from services.jobs import JobNotFound, JobsFull, NoResult, UnsupportedBody, UploadLost, UploadTooLarge
 from services.locks.callers import BadToken, CrossOrigin, Forbidden, NoToken, WrongHost
 from services.locks.limits import TooManyFeeds, TooManyRequests
@@ -82,6 +82,7 @@ STATUS: dict[type[TSMError], int] = {
     ModelInUse: 409,
     ModelBusy: 429,
     UnknownSequence: 404,
+    OutOfStep: 409,
     SequenceBusy: 429,
     RequestTimeout: 504,
 }

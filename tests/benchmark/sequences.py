@@ -1,8 +1,9 @@
 """Many sequences at once, through `tsm serve` and the public tritonclient: `python -m tests.benchmark.sequences`.
 
 Every sequence has pictures of its own. Each answer is compared with what stepping that sequence alone gives, so a
-state that crossed over from another would show. Writes results/sequences.json; exits with 1 where a frame failed, was
-counted twice or not at all, or had scores that are not its own.
+state that crossed over from another would show. Afterwards the same once more, while one of the two replicas is killed:
+who pushes counts the frames, and sends those again that were lost. Writes results/sequences.json; exits with 1 where a
+frame failed, was counted twice or not at all, or had scores that are not its own.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
@@ -40,6 +43,7 @@ SIZE_PX, FPS = 64, 15
 FILMS, FILM_FRAMES = 20, 60
 START_S = 600.0
 TOLERANCE = 5e-3  # of a score: a sequence that moves to another replica takes its state along as float16
+ENGINE = "ServeReplica:tsm:Engine"
 COMMAND = "python -m tests.benchmark.sequences"
 
 
@@ -47,11 +51,16 @@ COMMAND = "python -m tests.benchmark.sequences"
 class Told:
     """What one sequence was told."""
 
-    scores: list[np.ndarray] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    scores: dict[int, np.ndarray] = field(default_factory=dict)
+    miscounted: int = 0
+    again: int = 0  # frames that were sent once more
     epochs: set[int] = field(default_factory=set)
     latencies_s: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+
+    def rows(self) -> np.ndarray:
+        """Scores (frames, K)."""
+        return np.asarray([self.scores[number] for number in range(len(self.scores))])
 
 
 def films() -> np.ndarray:
@@ -66,8 +75,11 @@ def picture(pictures: np.ndarray, sequence: int, number: int) -> np.ndarray:
     return np.roll(pictures[film, (number + offset) % FILM_FRAMES], sequence // FILMS, axis=1)
 
 
-async def push(client: Any, pictures: np.ndarray, sequence: int, until_s: float, told: Told) -> None:
-    """One frame after the other until the time is up; the last one ends the sequence."""
+async def push(client: Any, pictures: np.ndarray, name: int, sequence: int, until_s: float, told: Told) -> None:
+    """One frame after the other until the time is up; the last one ends the sequence.
+
+    name: the sequence's id; sequence: which pictures it has.
+    """
     number, over = 0, False
     while not over:
         over = time.monotonic() >= until_s
@@ -79,29 +91,47 @@ async def push(client: Any, pictures: np.ndarray, sequence: int, until_s: float,
                 MODEL,
                 [tensor],
                 outputs=[triton.InferRequestedOutput("scores")],
-                sequence_id=sequence + 1,
+                sequence_id=name,
                 sequence_start=number == 0,
                 sequence_end=over,
-                parameters={"timestamp": number / FPS},
+                parameters={"timestamp": number / FPS, "frame_number": number},
             )
         except InferenceServerException as error:
+            if behind := re.search(r"goes on with frame (\d+)", str(error)):
+                told.again += number - int(behind[1])
+                number, over = int(behind[1]), False
+                continue
             told.errors.append(str(error)[:200])
             return
         said = reply.get_response().parameters
         told.latencies_s.append(time.monotonic() - began_s)
-        told.scores.append(reply.as_numpy("scores")[0])
-        told.numbers.append(said["frame_number"].int64_param)
+        told.scores[number] = reply.as_numpy("scores")[0]
+        told.miscounted += said["frame_number"].int64_param != number
         told.epochs.add(said["epoch"].int64_param)
         number += 1
 
 
-async def load(address: str, pictures: np.ndarray, sequences: int, seconds: float) -> list[Told]:
-    """What all sequences were told."""
+async def load(
+    address: str, pictures: np.ndarray, sequences: int, seconds: float, kill: Callable[[], None] | None = None
+) -> list[Told]:
+    """What all sequences were told; kill is called after a third of the time."""
     told = [Told() for _ in range(sequences)]
     until_s = time.monotonic() + seconds
+    first = 1 if kill is None else 100_001
     async with triton.InferenceServerClient(address) as client:
-        await asyncio.gather(*(push(client, pictures, index, until_s, one) for index, one in enumerate(told)))
+        pushing = [push(client, pictures, first + index, index, until_s, one) for index, one in enumerate(told)]
+        running = asyncio.gather(*pushing)
+        if kill is not None:
+            await asyncio.sleep(seconds / 3)
+            kill()
+        await running
     return told
+
+
+def kill_a_replica(service: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to one of the processes that hold a model."""
+    processes = psutil.Process(service.pid).children(recursive=True)
+    next(one for one in processes if ENGINE in " ".join(one.cmdline())).kill()
 
 
 def alone(pictures: np.ndarray, sequence: int, frames: int, model: Any) -> np.ndarray:
@@ -121,12 +151,12 @@ def judge(pictures: np.ndarray, told: Sequence[Told], seconds: float) -> dict[st
     model = load_recogniser(find_model(MODEL)).for_inference()
     worst, others = 0.0, []
     for sequence, one in enumerate(told):
-        expected = alone(pictures, sequence, len(one.scores), model)
-        if len(expected):
-            worst = max(worst, float(np.abs(np.asarray(one.scores) - expected).max()))
-        neighbour = told[(sequence + 1) % len(told)].scores[: len(expected)]
-        if neighbour:
-            others.append(float(np.abs(np.asarray(neighbour) - expected[: len(neighbour)]).max()))
+        own, neighbour = one.rows(), told[(sequence + 1) % len(told)].rows()
+        expected = alone(pictures, sequence, len(own), model)
+        shared = min(len(own), len(neighbour))
+        if shared:
+            worst = max(worst, float(np.abs(own - expected).max()))
+            others.append(float(np.abs(neighbour[:shared] - expected[:shared]).max()))
     latencies_ms = np.sort([1000 * each for one in told for each in one.latencies_s])
     frames = len(latencies_ms)
     return {
@@ -137,8 +167,9 @@ def judge(pictures: np.ndarray, told: Sequence[Told], seconds: float) -> dict[st
         "latency_ms": {name: round(float(np.quantile(latencies_ms, share)), 1) for name, share in QUANTILES.items()},
         "errors": sum(len(one.errors) for one in told),
         "first_error": next((one.errors[0] for one in told if one.errors), None),
-        "miscounted": sum(one.numbers != list(range(len(one.numbers))) for one in told),
+        "miscounted": sum(one.miscounted for one in told),
         "moved": sum(len(one.epochs) > 1 for one in told),
+        "sent_again": sum(one.again for one in told),
         "largest_difference_to_stepping_alone": worst,
         "median_difference_to_the_next_sequence": round(float(np.median(others)), 3),
     }
@@ -199,9 +230,12 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=60.0)
     given = arguments.parse_args()
     pictures = films()
-    with serving(slots=max(8, given.sequences)) as (_, address):
+    with serving(slots=max(8, given.sequences)) as (service, address):
         told = asyncio.run(load(address, pictures, given.sequences, given.seconds))
+        kill = partial(kill_a_replica, service)
+        told_while_killed = asyncio.run(load(address, pictures, given.sequences, given.seconds, kill))
     figures = judge(pictures, told, given.seconds)
+    killed = judge(pictures, told_while_killed, given.seconds)
     about = {
         "command": COMMAND,
         "machine": machine(),
@@ -210,10 +244,11 @@ def main() -> None:
         "picture": f"{SIZE_PX}x{SIZE_PX} UINT8",
         "replicas": 2,
     }
-    print(json.dumps(figures, indent=2))
-    if not sound(figures):
+    result = {**about, **figures, "with_a_replica_killed": killed}
+    print(json.dumps(result, indent=2))
+    if not (sound(figures) and sound(killed) and killed["moved"]):
         raise SystemExit(1)
-    (RESULTS / "sequences.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n")
+    (RESULTS / "sequences.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pipelines.infer import infer_file
 from pipelines.sources import iter_file
 from services.controller import Controller
 from services.engine import Engine
-from services.inference import NoCapacity, SequenceBusy, SequenceCall, UnknownSequence
+from services.inference import NoCapacity, OutOfStep, SequenceBusy, SequenceCall, UnknownSequence
 from services.inferring import LocalInference
 from services.pushed import MAX_IN_FLIGHT
 from services.requests import MAX_SEQUENCE_FRAMES
@@ -228,12 +229,52 @@ def test_a_sequence_goes_on_when_its_replica_is_gone(store, hard):
     np.testing.assert_allclose(told, expected, atol=2e-3)  # the state travels as float16
 
 
+def test_who_counts_frames_loses_none_with_a_killed_replica(store, monkeypatch):
+    images, frames = film(40), 40
+    using = settings(heartbeat_ttl_ms=400, checkpoint_interval_s=0.1)
+    controller = Controller(store, using.controller, "c1")
+    with running(store, "r1", using=using) as (first, _), running(store, "r2", using=using) as (second, _):
+        wait(lambda: len(store.replicas()) == 2)
+        controller.start()
+        local = LocalInference(first, second)
+        stream_id = sequence_stream(MODEL, "counted")
+        told: dict[int, np.ndarray] = {}
+        number, back = 0, []
+        while number < frames:
+            if number == 20 and not back:
+                owner = {"r1": first, "r2": second}[store.leases()[stream_id].owner]
+                session = owner.sessions[stream_id]
+                wait(lambda session=session: session.saved_number == 19)
+                monkeypatch.setattr(owner, "_store_snapshot", lambda *_: None)  # what follows is lost with it
+            if number == 25 and not back:
+                _kill(owner)
+            try:
+                call = pushed(images[number], "counted", timestamp_s=number / FPS, frame_number=number)
+                reply = ran(local.infer(call))
+            except OutOfStep as error:
+                number = int(re.search(r"goes on with frame (\d+)", str(error))[1])
+                back.append(number)
+                continue
+            assert number_of(reply) == number
+            told[number] = reply.outputs["scores"][0]
+            number += 1
+        controller.stop()
+    assert back == [20]
+    expected = stepped(images, [index / FPS for index in range(frames)])
+    np.testing.assert_allclose([told[index] for index in range(frames)], expected, atol=2e-3)
+
+
 def _lose(engine: Engine, stream_id: str, hard: bool) -> None:
     """Drain the engine; or, once the state is saved, stop it as if its process were gone."""
     wait(lambda: engine.sessions[stream_id].saved_number == 19)
-    if not hard:
+    if hard:
+        _kill(engine)
+    else:
         threading.Thread(target=engine.drain).start()
-        return
+
+
+def _kill(engine: Engine) -> None:
+    """Stop it as if its process were gone."""
     for stopped in (engine._silent, engine._stopping, engine._look):
         stopped.set()
     engine.batcher.close()

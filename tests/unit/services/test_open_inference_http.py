@@ -210,15 +210,18 @@ def test_frames_of_a_sequence(client: httpx.Client, inference: ColourInference):
         return answer.json()["outputs"][0]["data"]
 
     for name in (2**64 - 1, "door 1"):
-        assert push(frames[0], sequence_id=name, sequence_start=True, timestamp=1.5, timeout=2_000_000)[0] == 1.0
+        assert (
+            push(frames[0], sequence_id=name, sequence_start=True, timestamp=1.5, frame_number=0, timeout=2_000_000)[0]
+            == 1.0
+        )
         assert push(frames[1], sequence_id=name, priority=3, mine="ignored")[0] == 0.5
         assert push(frames[2], sequence_id=name, sequence_end=True)[0] == 0.25
     assert push(frames[0], sequence_id=0) == push(frames[0], sequence_id="") == [1.0, 1.0, 1.0]
     first, second = inference.seen[:2]
     assert first.sequence is not None
     assert (first.sequence.id, first.sequence.start, first.sequence.end) == (str(2**64 - 1), True, False)
-    assert (first.timestamp_s, first.timeout_s) == (1.5, 2.0)
-    assert (second.timestamp_s, second.timeout_s) == (None, 30.0)
+    assert (first.timestamp_s, first.frame_number, first.timeout_s) == (1.5, 0, 2.0)
+    assert (second.timestamp_s, second.frame_number, second.timeout_s) == (None, None, 30.0)
     late = {"inputs": ask()["inputs"], "parameters": {"sequence_id": "door 1"}}
     refused(client.post(INFER, json=late), 404, "unknown_sequence", "sequence_start")
 
@@ -233,6 +236,7 @@ def test_frames_of_a_sequence(client: httpx.Client, inference: ColourInference):
         ({"parameters": {"sequence_id": "a\nb"}}, "printable"),
         ({"parameters": {"sequence_start": True}}, "need a sequence_id"),
         ({"parameters": {"sequence_id": 1, "sequence_end": "yes"}}, "must be true or false"),
+        ({"parameters": {"frame_number": -1}}, "frame_number must be"),
         ({"parameters": {"timeout": -5}}, "timeout must be"),
         ({"parameters": {"priority": 1.5}}, "priority must be"),
         ({"parameters": {"timestamp": "noon"}}, "finite number of seconds"),
