@@ -175,7 +175,15 @@ def judge(pictures: np.ndarray, told: Sequence[Told], seconds: float) -> dict[st
     }
 
 
+HEADER = ["run", "frames/s", "p50, p95, p99 ms", "errors", "miscounted", "moved", "sent again", "largest difference"]
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+def row(figures: dict[str, Any]) -> list[Any]:
+    """The figures of a run as HEADER has them."""
+    latencies = ", ".join(f"{value:.0f}" for value in figures["latency_ms"].values())
+    counts = [figures[name] for name in ("errors", "miscounted", "moved", "sent_again")]
+    return [figures["frames_per_s"], latencies, *counts, f"{figures['largest_difference_to_stepping_alone']:.1e}"]
 
 
 def sound(figures: dict[str, Any]) -> bool:
@@ -244,7 +252,13 @@ def main() -> None:
         "picture": f"{SIZE_PX}x{SIZE_PX} UINT8",
         "replicas": 2,
     }
-    result = {**about, **figures, "with_a_replica_killed": killed}
+    runs = {"undisturbed": figures, "one of two replicas killed": killed}
+    result = {
+        **about,
+        "title": f"{given.sequences} interleaved sequences, every answer compared with stepping that sequence alone",
+        "runs": runs,
+        "table": [HEADER, *([name, *(row(each))] for name, each in runs.items())],
+    }
     print(json.dumps(result, indent=2))
     if not (sound(figures) and sound(killed) and killed["moved"]):
         raise SystemExit(1)

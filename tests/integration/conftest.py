@@ -76,6 +76,12 @@ class RunningService:
         return time.monotonic() - began
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the service come last: while it runs it takes a part of the machine from all others."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: here in item.path.parents and "service" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     folder = tmp_path_factory.mktemp("service")
