@@ -14,7 +14,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, SecretStr
 
 from services.settings import Settings
-from services.telemetry import DoorTelemetry, EngineFigures, Registered, StreamFigures, Telemetry, merge
+from services.telemetry import (
+    DoorTelemetry,
+    EngineFigures,
+    Registered,
+    SinkFigures,
+    StreamFigures,
+    Telemetry,
+    Told,
+    merge,
+)
 from tsm_core.cost import multiply_adds, parameters
 from tsm_core.recipes import JESTER_ONLINE, MIT_ROWS, PAGE_ROWS, SUCCESSOR_ROWS, Accuracy, Recipe
 
@@ -49,8 +58,9 @@ def metrics_table() -> str:
     replica.published("door", 0.1)
     door.http("GET", "/v1/streams", 200, 0.1)
     door.grpc("/tsm.v1.StreamService/GetStream", "OK", 0.1)
+    texts = {"r": replica.text(), "g": door.text()}
     lines = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    for family in text_string_to_metric_families(merge({"r": replica.text(), "g": door.text()}, [Registered({}, 0)])):
+    for family in text_string_to_metric_families(merge(texts, [Registered({}, 0), Told([SinkFigures("hook")])])):
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le", "replica"})
         name = f"{family.name}_total" if family.type == "counter" else family.name
         shown = ", ".join(f"`{label}`" for label in labels)

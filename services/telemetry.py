@@ -388,6 +388,41 @@ class Registered(Collector):
         yield GaugeMetricFamily("num_streams_waiting", "Streams that should be served and are not", value=self._waiting)
 
 
+@dataclass(frozen=True, slots=True)
+class SinkFigures:
+    """How far a webhook or a broker is; failing: it does not take what it is told."""
+
+    name: str
+    delivered: int = 0
+    waiting: int = 0
+    lost: int = 0
+    dead: int = 0
+    failing: bool = False
+
+
+class Told(Collector):
+    """How far the sinks are, for a scrape."""
+
+    def __init__(self, sinks: Sequence[SinkFigures]) -> None:
+        self._sinks = sinks
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client wants it."""
+        labels = ["sink"]
+        delivered = CounterMetricFamily("sink_delivered", "Events that a sink has taken", labels=labels)
+        lost = CounterMetricFamily("sink_lost", "Events that were gone before a sink could be told", labels=labels)
+        waiting = GaugeMetricFamily("sink_waiting_events", "Events that wait for a sink", labels=labels)
+        dead = GaugeMetricFamily("sink_dead_letters", "Events that a sink would not take", labels=labels)
+        failing = GaugeMetricFamily("sink_failing", "1 while a sink does not take what it is told", labels=labels)
+        for sink in self._sinks:
+            delivered.add_metric([sink.name], sink.delivered)
+            lost.add_metric([sink.name], sink.lost)
+            waiting.add_metric([sink.name], sink.waiting)
+            dead.add_metric([sink.name], sink.dead)
+            failing.add_metric([sink.name], sink.failing)
+        yield from (delivered, lost, waiting, dead, failing)
+
+
 def _describe_process(registry: CollectorRegistry) -> None:
     """The process's memory and CPU, and what it runs."""
     ProcessCollector(registry=registry)

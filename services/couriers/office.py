@@ -16,6 +16,7 @@ from services.couriers.webhook import WebhookSink, shown
 from services.manager import StreamManager
 from services.settings import Settings, SinkFilter
 from services.store import StateStore
+from services.telemetry import SinkFigures
 from services.wire import Wire
 from tsm_core.errors import CallerError
 
@@ -89,6 +90,14 @@ def sink_views(store: StateStore, settings: Settings) -> list[SinkView]:
     """Every configured sink, webhooks first."""
     feeds = store.event_feeds()
     return [_view(store, name, kind, target, feeds) for name, kind, target in _configured(settings)]
+
+
+def sink_figures(store: StateStore, settings: Settings) -> list[SinkFigures]:
+    """The same in figures, for a scrape."""
+    return [
+        SinkFigures(one.name, one.delivered, one.waiting, one.lost, one.dead, one.failing_since is not None)
+        for one in sink_views(store, settings)
+    ]
 
 
 def order_redelivery(store: StateStore, settings: Settings, name: str) -> int:

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.concurrency import run_in_threadpool
 
 from services import telemetry
+from services.couriers.office import sink_figures
 from services.event_query import EventFilter, EventNotFound, Page, Place, instant, stream_of
 from services.feed import Hub
 from services.http.cursors import Cursor, decode_cursor, encode_cursor
@@ -150,7 +151,8 @@ def service_router(manager: StreamManager, hub: Hub, settings: Settings, door: t
             raise Forbidden(f"the metrics tell of all streams, and {caller.name!r} reaches only some")
         stats, own = manager.service_stats(), door.text()
         registered = telemetry.Registered(stats.by_state, stats.waiting)
-        text = telemetry.merge({**manager.store.metrics(), door.id: own}, [registered])
+        told = telemetry.Told(sink_figures(manager.store, manager.settings))
+        text = telemetry.merge({**manager.store.metrics(), door.id: own}, [registered, told])
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/healthz", tags=["service"], summary="Ready to serve streams", openapi_extra={ROLE_KEY: "public"})

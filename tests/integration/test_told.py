@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,11 @@ def test_a_webhook_that_was_away_is_told_every_event_in_order(service: RunningSe
     assert service.hook.wrong == []
     service.wait(lambda: hook(service)["failing_since"] is None, 20, "the receiver is back")
     assert hook(service)["dead"] == 0
+    metrics = service.http.get("/metrics").text
+    assert 'sink_failing{sink="hook"} 0.0' in metrics
+    delivered = re.search(r'sink_delivered_total\{sink="hook"\} ([0-9.]+)', metrics)
+    assert delivered
+    assert float(delivered[1]) >= len(told(service))
 
 
 def test_a_collector_is_told_of_requests_and_frames(service: RunningService) -> None:
