@@ -35,13 +35,22 @@ demo: $(VENV)/.run
 serve: $(VENV)/.run
 	$(BIN)/tsm serve
 
+# tests/integration wants the machine for itself; the others run two at a time
+TWO_AT_A_TIME := --ignore tests/integration --numprocesses 2 --dist loadfile
+
 test: $(VENV)/.test
 	@bash tests/system_packages.sh
+ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+else
+	$(BIN)/python -m pytest -m "not slow" $(TWO_AT_A_TIME)
+	$(BIN)/python -m pytest -m "not slow" tests/integration
+endif
 
 test-all: $(VENV)/.test
 	@bash tests/system_packages.sh
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
+	$(BIN)/python -m pytest tests/integration
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check --quiet .

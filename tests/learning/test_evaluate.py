@@ -347,7 +347,13 @@ def test_a_miniature_of_each_data_set_has_the_accuracy_worked_out_beside(dataset
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips are not on this machine (TSM_VIDEOS_DIR)")
 @pytest.mark.parametrize(
-    "name", ["tsm_r50_1x1x8_50e_kinetics400_rgb__ss256", "tsm_mobilenetv2_dense_1x1x8_100e_kinetics400_rgb"]
+    "name",
+    [
+        pytest.param(
+            "tsm_r50_1x1x8_50e_kinetics400_rgb__ss256", marks=pytest.mark.slow
+        ),  # one view takes half a second
+        "tsm_mobilenetv2_dense_1x1x8_100e_kinetics400_rgb",
+    ],
 )
 def test_real_clips_in_all_kinds_of_views(name, tmp_path):
     """Ten crops, three crops of two clips, and ten dense clips, with progress; no weights, so no figure to expect."""
@@ -355,7 +361,7 @@ def test_real_clips_in_all_kinds_of_views(name, tmp_path):
     listed.write_text("k400_cleaning_pool.mp4 cleaning pool\nk400_flipping_pancake.mkv flipping pancake\n")
     torch.manual_seed(0)
     save_model(tmp_path / "random.safetensors", build(RECIPES[name]))
-    few = 1 if "r50" in name else 2  # one view of an R50 takes half a second here
+    few = 1 if "r50" in name else 2
     settings = (
         (Views("uniform", "center"), 2),
         (Views("twice", "three", 256), 2),
