@@ -43,13 +43,13 @@ test: $(VENV)/.test
 ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 else
-	$(BIN)/python -m pytest -m "not slow" $(TWO_AT_A_TIME)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TWO_AT_A_TIME)
 	$(BIN)/python -m pytest -m "not slow" tests/integration
 endif
 
 test-all: $(VENV)/.test
 	@bash tests/system_packages.sh
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_AT_A_TIME)
 	$(BIN)/python -m pytest tests/integration
 
 check: $(VENV)/.test
@@ -68,6 +68,7 @@ format: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmark.run
 	$(BIN)/python -m tests.benchmark.training
+	$(BIN)/python -m tests.benchmark.sequences
 	$(BIN)/python docs/tables.py
 
 motion8: $(VENV)/.test
