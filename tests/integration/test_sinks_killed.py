@@ -163,7 +163,6 @@ def test_receiver_is_killed_and_comes_back(store: RedisStore, tmp_path: Path) ->
     check(receiver.events())
 
 
-@pytest.mark.slow  # two interpreters have to import the service
 def test_courier_is_killed_and_another_goes_on(store: RedisStore, valkey_url: str, prefix: str, tmp_path: Path) -> None:
     receiver = Receiver(tmp_path)
     receiver.start()
