@@ -119,7 +119,7 @@ def test_no_place_shows_a_password(service: RunningService, camera: SimulatorPro
             seen[place] = (str(caught.value) + repr(caught.value.trailing_metadata())).encode()
 
     runs = {
-        "cli": (("streams", "add", "--uri", uri, "--id", "by-command", "--username", "eye", "--password-stdin"), PASSWORD),
+        "cli": (("streams", "add", "--uri", uri, "--id", "by-tsm", "--username", "eye", "--password-stdin"), PASSWORD),
         "cli in vain": (("streams", "add", "--uri", uri, "--username", "eye", "--password-stdin"), WRONG),
         "cli list": (("streams", "list", "--json"), ""),
         "cli get": (("streams", "get", "vault"), ""),
