@@ -27,7 +27,7 @@ from pipelines.media_limits import MediaLimits, checked_video
 from services.schemas import cloud_event, object_event
 from services.settings import Settings
 from services.store import StateStore
-from services.wire import Wire
+from services.wire import Size, Wire
 from tsm_core.errors import CallerError, TSMError, WorldError
 from tsm_core.types import ObjectEvent
 from tsm_core.zoo import find_model
@@ -115,7 +115,7 @@ class Job(Wire):
     frames: int = 0
     fps: float = Field(0.0, description="frames a second so far")
     events: int = 0
-    size: tuple[int, int] | None = Field(None, description="width, height in pixels")
+    size: Size | None = Field(None, description="width, height in pixels")
     duration_s: float | None = None
     upload_bytes: int = 0
     annotated_bytes: int | None = Field(None, description="size of annotated.mp4, once it is there")

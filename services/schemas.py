@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from services.stream_models import StreamModels
-from services.wire import StreamId, Wire
+from services.wire import Size, StreamId, Wire
 from tsm_core.types import ActionEvent, ObjectEvent, Scores, Track
 
 EVENT_PREFIX = "tsm.v1"
@@ -33,7 +33,7 @@ class SourceSpec(Wire):
         description="rtsp:// or rtsps:// camera, or file:// below one of `source.file_roots`",
     )
     username: str | None = Field(None, max_length=256)
-    password: SecretStr | None = Field(None, max_length=256, description="write-only; never returned")
+    password: SecretStr | None = Field(None, max_length=256, exclude=True, description="write-only; never returned")
     rtsp_transport: Literal["tcp", "udp"] = "tcp"
     decoder: Literal["auto", "ffmpeg", "pyav"] = Field(
         "auto", description="`auto` is ffmpeg, or pyav for a source with a password"
@@ -166,7 +166,7 @@ class StreamStatus(Wire):
     retry_at: float | None = Field(None, description="Unix time of the next attempt to connect")
     last_frame_time: float | None = None
     clock: Literal["local", "file"] = "local"
-    source_size: tuple[int, int] | None = Field(None, description="width, height in pixels")
+    source_size: Size | None = Field(None, description="width, height in pixels")
     label: str | None = None
     score: float | None = None
     warmup: str | None = Field(None, description="k/L while the shift state is still filling")

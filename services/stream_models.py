@@ -11,21 +11,22 @@ from pydantic import AfterValidator, Field, model_validator
 from pipelines import zones
 from pipelines.object_rules import WEAK_SCORE, ObjectFilter, ObjectRules
 from pipelines.zones import ZoneKind
-from services.wire import Wire
+from services.wire import Wire, list_of
 from tsm_core.errors import CallerError
 from tsm_core.recipes import SmootherName
 
 Name = Annotated[str, Field(min_length=1, max_length=64, examples=["yard"])]
 Label = Annotated[str, Field(min_length=1, max_length=128)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Point = tuple[Share, Share]
+SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+Point = Annotated[tuple[Share, Share], list_of(2, **SHARE)]
 
 
 class Region(Wire):
     """A part of every picture, under a name."""
 
     region: Name
-    box: tuple[Share, Share, Share, Share] = Field(
+    box: Annotated[tuple[Share, Share, Share, Share], list_of(4, **SHARE)] = Field(
         description="left, top, right and bottom as shares of the picture", examples=[[0.5, 0.0, 1.0, 1.0]]
     )
 

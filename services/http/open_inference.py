@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -308,7 +308,10 @@ class Target:
     version: str = ""
 
 
-def any_version(model: str) -> Target:
+ModelInPath = Annotated[str, Path(json_schema_extra={"not": {"const": "stats"}})]  # `/models/stats` is of all models
+
+
+def any_version(model: ModelInPath) -> Target:
     """From `/models/{model}`."""
     return Target(model)
 
