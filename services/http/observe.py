@@ -79,7 +79,8 @@ class Observed:
                 await self._app(scope, receive, answer)
             except Exception:
                 if not begun and scope["type"] == "http":  # a bug: raised on, for the log
-                    await problem(500, "internal_error", BUG, headers=PRIVATE)(scope, receive, answer)
+                    headers = {**PRIVATE, "Connection": "close"}  # what is raised makes uvicorn close it
+                    await problem(500, "internal_error", BUG, headers=headers)(scope, receive, answer)
                 raise
 
 

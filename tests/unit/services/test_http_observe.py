@@ -94,6 +94,7 @@ def test_a_bugs_answer_is_counted_and_traced(http, store, monkeypatch):
     answer = http.get("/v1/streams/any", headers={"traceparent": CALLER})
     assert (answer.status_code, answer.json()["reason"]) == (500, "internal_error")
     assert answer.headers["traceparent"].split("-")[1] == CALLER.split("-")[1]
+    assert answer.headers["connection"] == "close"
     assert requests(http)[("GET", "/v1/streams/{stream_id}", "500")] == 1
 
 
