@@ -1,4 +1,4 @@
-"""The commands of docs/streams-api.md and docs/jobs.md, as they stand there, against the real service."""
+"""The commands of the README, docs/streams-api.md and docs/jobs.md, as they stand there, against the real service."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from tests.integration.conftest import RunningService
 from tests.unit.services.test_jobs import film
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-TSM = f'tsm() {{ {sys.executable} -m services.cli "$@" --server "$TSM"; }}'
+COMMAND = f"{sys.executable} -m services.cli"
+TSM = f'tsm() {{ case $1 in streams|events|jobs) set -- "$@" --server "$TSM";; esac; {COMMAND} "$@"; }}'
+FETCH = ("models pull", "evaluate")  # from a model hub, and for a data set
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
 
 
 def blocks(page: str) -> list[str]:
     """The page's shell commands, block by block."""
-    found: list[str] = re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    found: list[str] = re.findall(r"```sh\n(.*?)```", (DOCS.parent / page).read_text(), re.DOTALL)
     return found
 
 
@@ -49,7 +51,7 @@ def door(service: RunningService) -> Iterator[None]:
 
 
 def test_commands_of_the_streams_api(service: RunningService, door: None, tmp_path: Path) -> None:
-    change, query = blocks("streams-api.md")
+    change, query = blocks("docs/streams-api.md")
     changed = json.loads(run(service, change, tmp_path))
     assert (changed["max_fps"], changed["restarts"]) == (5.0, ["max_fps"])
     assert run(service, query, tmp_path) == "", "no detector has seen a person in a zone that is not there"
@@ -57,7 +59,7 @@ def test_commands_of_the_streams_api(service: RunningService, door: None, tmp_pa
 
 def test_commands_of_jobs(service: RunningService, tmp_path: Path) -> None:
     film(tmp_path / "street.mp4", frames=40)
-    (block,) = blocks("jobs.md")
+    (block,) = blocks("docs/jobs.md")
     submit, *look, form, body = [line for line in block.splitlines() if line]
     told = run(service, submit, tmp_path)
     job_id, state, *_ = told.split()
@@ -69,3 +71,22 @@ def test_commands_of_jobs(service: RunningService, tmp_path: Path) -> None:
     assert [job["annotate"] for job in sent] == [True, True]
     for job in (*sent, {"id": job_id}):
         assert service.http.delete(f"/v1/jobs/{job['id']}").is_success
+
+
+@pytest.mark.timeout(300)
+def test_commands_of_the_readme(service: RunningService, tmp_path: Path) -> None:
+    film(tmp_path / "clip.mp4", frames=20)
+    lines = [line for block in blocks("README.md") for line in block.splitlines() if not line.startswith("make ")]
+    ran = [line for line in lines if not any(word in line for word in FETCH)]
+    assert len(ran) >= 10
+    with start_simulator({"stream1": "scene:3"}) as cameras:
+        for line in ran:
+            command = line.replace(".venv/bin/tsm", "tsm").replace("rtsp://192.168.1.20:554/stream1", cameras.urls[0])
+            command = command.replace("http://127.0.0.1:8000", "$TSM").partition("  #")[0]
+            if "tail" in command:  # these two do not end by themselves
+                command += " --after 0 --count 1"
+            if "curl -N" in command:
+                command = command.replace("-N", "-N --max-time 5") + "?after=0 || [ $? = 28 ]"
+            assert run(service, command, tmp_path).strip(), line
+    assert (tmp_path / "out.mp4").stat().st_size > 0
+    assert service.http.delete("/v1/streams/door").is_success
