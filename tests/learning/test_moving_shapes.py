@@ -23,6 +23,7 @@ def judged():
     return found
 
 
+@pytest.mark.slow  # two networks look at all test films: three minutes
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_shipped_detector_scores_as_its_card_says(judged, arm):
@@ -31,6 +32,7 @@ def test_the_shipped_detector_scores_as_its_card_says(judged, arm):
         assert share == pytest.approx(card[name], abs=0.005)
 
 
+@pytest.mark.slow
 def test_time_helps_most_where_a_frame_tells_little(judged):
     (still, one), (moving, other) = judged[SINGLE], judged[TSM]
     assert moving["all"] - still["all"] >= LEAST
