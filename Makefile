@@ -38,19 +38,15 @@ serve: $(VENV)/.run
 # tests/integration wants the machine for itself; the others run two at a time
 TWO_AT_A_TIME := --ignore tests/integration --numprocesses 2 --dist loadfile
 
-test: $(VENV)/.test
+test: TIER := -m "not slow"
+test test-all: $(VENV)/.test
 	@bash tests/system_packages.sh
 ifdef PYTEST_ARGS
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TIER) $(PYTEST_ARGS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TWO_AT_A_TIME)
-	$(BIN)/python -m pytest -m "not slow" tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TIER) $(TWO_AT_A_TIME)
+	$(BIN)/python -m pytest $(TIER) tests/integration
 endif
-
-test-all: $(VENV)/.test
-	@bash tests/system_packages.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_AT_A_TIME)
-	$(BIN)/python -m pytest tests/integration
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check --quiet .

@@ -87,7 +87,7 @@ class StoreInference(Inference):
     @override
     async def ready(self, name: str) -> bool:
         await self._known(name)
-        return name in await asyncio.to_thread(self._held)
+        return bool(await asyncio.to_thread(self._holding, name))
 
     @override
     async def statistics(self, name: str | None = None) -> Sequence[ModelStatistics]:
@@ -103,7 +103,7 @@ class StoreInference(Inference):
     async def load(self, name: str) -> None:
         await asyncio.to_thread(self._want, name)
         until_s = time.monotonic() + LOAD_S
-        while name not in await asyncio.to_thread(self._held):
+        while not await asyncio.to_thread(self._holding, name):
             fault = await asyncio.to_thread(self._store.document, FAULTS, name)
             if fault is not None:
                 raise ModelFileError(f"model {name!r} cannot be loaded: {fault}")
@@ -115,7 +115,7 @@ class StoreInference(Inference):
     async def unload(self, name: str) -> None:
         await asyncio.to_thread(self._let_go, name)
         until_s = time.monotonic() + LOAD_S
-        while name in await asyncio.to_thread(self._held):
+        while await asyncio.to_thread(self._holding, name):
             if time.monotonic() > until_s:
                 raise RequestTimeout(f"a replica still holds model {name!r} after {LOAD_S:g} s; it goes on trying")
             await asyncio.sleep(LOOK_S)

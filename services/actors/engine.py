@@ -26,7 +26,7 @@ class EngineReplica:
         self._engine = Engine(settings, self._store, replica_id)
         self._engine.start()
 
-    async def infer(self, request: InferRequest, owner: str | None) -> Answer:
+    async def infer(self, request: InferRequest, owner: str | None = None) -> Answer:
         """The answer to a request that stands alone; owner tells Serve which replica is meant, if one is."""
         return await answer_or_refusal(infer_here(self._engine, request))
 

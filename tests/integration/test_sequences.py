@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -201,28 +202,39 @@ def test_no_more_sequences_than_slots(store):
         ran(local.infer(pushed(image, "c")))
 
 
-@pytest.mark.parametrize("hard", [False, True], ids=["drained", "killed"])
-def test_a_sequence_goes_on_when_its_replica_is_gone(store, hard):
-    images, frames = film(40), 40
+@contextmanager
+def two_replicas(store: StateStore) -> Iterator[LocalInference]:
+    """Two engines that save often and are soon missed, and a controller."""
     using = settings(heartbeat_ttl_ms=400, checkpoint_interval_s=0.1)
     controller = Controller(store, using.controller, "c1")
     with running(store, "r1", using=using) as (first, _), running(store, "r2", using=using) as (second, _):
         wait(lambda: len(store.replicas()) == 2)
         controller.start()
-        local = LocalInference(first, second)
+        yield LocalInference(first, second)
+        controller.stop()
+
+
+def owner_of(local: LocalInference, stream_id: str) -> Engine:
+    owner = local._engines[0].store.leases()[stream_id].owner
+    return next(engine for engine in local._engines if engine.id == owner)
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["drained", "killed"])
+def test_a_sequence_goes_on_when_its_replica_is_gone(store, hard):
+    images, frames = film(40), 40
+    with two_replicas(store) as local:
         stream_id = sequence_stream(MODEL, "long")
         numbers, epochs, restored = [], [], set()
         expected = stepped(images, [index / FPS for index in range(frames)])
         told = []
         for index, image in enumerate(images):
             if index == 20:
-                _lose({"r1": first, "r2": second}[store.leases()[stream_id].owner], stream_id, hard)
+                _lose(owner_of(local, stream_id), stream_id, hard)
             reply = ran(local.infer(pushed(image, "long", timestamp_s=index / FPS)))
             numbers.append(number_of(reply))
             epochs.append(int(reply.parameters["epoch"]))
             restored.add(reply.parameters["restored"])
             told.append(reply.outputs["scores"][0])
-        controller.stop()
     assert numbers == list(range(frames))  # none lost, none twice
     assert epochs[-1] > epochs[0]
     assert restored == {"cold", "checkpoint"}
@@ -231,18 +243,13 @@ def test_a_sequence_goes_on_when_its_replica_is_gone(store, hard):
 
 def test_who_counts_frames_loses_none_with_a_killed_replica(store, monkeypatch):
     images, frames = film(40), 40
-    using = settings(heartbeat_ttl_ms=400, checkpoint_interval_s=0.1)
-    controller = Controller(store, using.controller, "c1")
-    with running(store, "r1", using=using) as (first, _), running(store, "r2", using=using) as (second, _):
-        wait(lambda: len(store.replicas()) == 2)
-        controller.start()
-        local = LocalInference(first, second)
+    with two_replicas(store) as local:
         stream_id = sequence_stream(MODEL, "counted")
         told: dict[int, np.ndarray] = {}
         number, back = 0, []
         while number < frames:
             if number == 20 and not back:
-                owner = {"r1": first, "r2": second}[store.leases()[stream_id].owner]
+                owner = owner_of(local, stream_id)
                 session = owner.sessions[stream_id]
                 wait(lambda session=session: session.saved_number == 19)
                 monkeypatch.setattr(owner, "_store_snapshot", lambda *_: None)  # what follows is lost with it
@@ -258,7 +265,6 @@ def test_who_counts_frames_loses_none_with_a_killed_replica(store, monkeypatch):
             assert number_of(reply) == number
             told[number] = reply.outputs["scores"][0]
             number += 1
-        controller.stop()
     assert back == [20]
     expected = stepped(images, [index / FPS for index in range(frames)])
     np.testing.assert_allclose([told[index] for index in range(frames)], expected, atol=2e-3)

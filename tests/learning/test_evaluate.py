@@ -349,9 +349,8 @@ def test_a_miniature_of_each_data_set_has_the_accuracy_worked_out_beside(dataset
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            "tsm_r50_1x1x8_50e_kinetics400_rgb__ss256", marks=pytest.mark.slow
-        ),  # one view takes half a second
+        # half a second a view
+        pytest.param("tsm_r50_1x1x8_50e_kinetics400_rgb__ss256", marks=pytest.mark.slow),
         "tsm_mobilenetv2_dense_1x1x8_100e_kinetics400_rgb",
     ],
 )
