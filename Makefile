@@ -35,8 +35,8 @@ demo: $(VENV)/.run
 serve: $(VENV)/.run
 	$(BIN)/tsm serve
 
-# tests/integration wants the machine for itself; the others run two at a time
-TWO_AT_A_TIME := --ignore tests/integration --numprocesses 2 --dist loadfile
+# tests/integration wants the machine for itself; the others run two at a time, in order: the longest files come early
+TWO_AT_A_TIME := --ignore tests/integration --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: TIER := -m "not slow"
 test test-all: $(VENV)/.test

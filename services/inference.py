@@ -107,8 +107,8 @@ class InferRequest:
     """One request. Exactly one input is given; BYTES inputs are object arrays of bytes.
 
     version: empty for any. timestamp_s: the frame's own time, in a sequence; None: when it came. frame_number: which
-    frame of the sequence its first one is, from 0; None: the next. outputs: names of
-    those that are wanted; None: all. trace: a W3C traceparent.
+    frame of the sequence its first one is, from 0; None: the next. outputs: names of those that are wanted; None: all.
+    trace: a W3C traceparent.
     """
 
     model: str

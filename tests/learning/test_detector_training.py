@@ -28,6 +28,7 @@ from tsm_core.detector_recipes import DETECTOR_RECIPES, DetectorRecipe
 
 RFCN = "rfcn_resnet101_vid_uni"
 TWINS = [name for name, row in DETECTOR_RECIPES.items() if row.training and row.shift == "uni" and name != RFCN]
+LARGEST = "fasterrcnn_resnet50_fpn_v2_uni"
 OF_EACH_FAMILY = (
     "ssdlite320_mobilenet_v3_large_uni",
     "fasterrcnn_mobilenet_v3_large_320_fpn_uni",
@@ -96,7 +97,7 @@ def small(name: str) -> DetectorRecipe:
 @pytest.mark.parametrize(
     ("name", "amp"),
     [
-        *((name, "fp32") for name in TWINS),
+        *(pytest.param(name, "fp32", marks=[pytest.mark.slow] if name == LARGEST else []) for name in TWINS),
         *((name, "bf16") for name in OF_EACH_FAMILY if "mobilenet" in name),
         *(pytest.param(name, "bf16", marks=pytest.mark.slow) for name in OF_EACH_FAMILY if "resnet" in name),
     ],

@@ -52,6 +52,7 @@ def test_motion9_knows_what_a_camera_sends(motion9: TSM):
     assert score.settled >= 0.97, score
 
 
+@pytest.mark.slow
 def test_without_shift_it_stays_at_chance(motion9_none: TSM):
     # it says much the same whatever it sees, so a few films could flatter it by the labels they happen to hold
     score = evaluate_streams(motion9_none, range(70_000, 70_016), seconds=36, size_px=128)

@@ -157,7 +157,7 @@ def test_more_gpus_than_there_are(root, tmp_path, ray_here):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_to_all_its_processes_ends_a_training_in_order(tmp_path, number):
     """As a terminal, a container and `ray job stop` send it; the processes that read ahead are hit as well."""
     entry = [sys.executable, "-m", "pipelines.train", "motion8_tsm", "--work-dir", str(tmp_path)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +38,17 @@ AUGMENTATIONS = {"none": [], "imgaug_randaugment": ["imgaug_randaugment"], "ptv_
 AUGMENTATIONS["ptv_augmix"] = ["ptv_augmix"]
 
 
+def _rows() -> Iterator[Any]:
+    """All rows; those that train what an earlier one trains, on other frames or for longer, in the slow tier."""
+    seen = set()
+    for row in PAGE_ROWS:
+        training = row.training
+        assert training is not None
+        kind = (row.dataset, row.backbone, row.non_local, training.augment, training.blend, training.flip)
+        yield pytest.param(row, id=row.name, marks=[pytest.mark.slow] if kind in seen else [])
+        seen.add(kind)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
@@ -64,7 +77,7 @@ def models(tmp_path_factory):
     return models
 
 
-@pytest.mark.parametrize("row", PAGE_ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", _rows())
 def test_two_steps(row: Recipe, root: Path, models: Path):
     training = row.training
     assert training is not None
