@@ -23,6 +23,11 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[..., Sequence[tuple[Any, ...]]]  # socket.getaddrinfo, or a test's
 
 NETWORKS: tuple[Network, ...] = ("loopback", "private", "public")
+# files that hold their own video; a playlist could point to other files and hosts
+FILE_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,gif,ogg,asf,nut,mxf,ivf,dv,"
+    "h264,hevc,av1,m4v,mjpeg,apng"
+)
 PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443, "mqtt": 1883, "mqtts": 8883}
 
 NEVER = tuple(

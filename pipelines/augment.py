@@ -18,7 +18,8 @@ from torch.nn import functional
 from torchvision.transforms.v2 import functional as images
 
 from tsm_core.errors import CallerError, ShapeError
-from tsm_core.preprocess import PreprocessSpec, resize
+from tsm_core.preprocess import resize
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import Training
 
 Rng = np.random.Generator

@@ -25,10 +25,11 @@ from pipelines.evaluate import Facts, Progress, TooManyUnreadable
 from pipelines.model_card import save_card
 from pipelines.prepare import write_whole
 from pipelines.results import machine, versions
-from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_detector, read_card
+from tsm_core.checkpoints import import_checkpoint, load_detector
 from tsm_core.detector import TSMDetector
 from tsm_core.detector_recipes import DETECTOR_RECIPES, DetectorRecipe
 from tsm_core.errors import CallerError
+from tsm_core.model_file import ModelFileError, read_card
 
 RULES = {
     "coco": "faster-coco-eval; IoU .50:.05:.95, 100 detections a frame; ignored objects are crowds",

@@ -9,14 +9,25 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.datasets import DATASETS, BadList, Kind, NoList, Part, VideoRecord, find_dataset, in_order, read_list
-from pipelines.decoding import TEMPLATE
+from pipelines.datasets import (
+    DATASETS,
+    TEMPLATE,
+    BadList,
+    Kind,
+    NoList,
+    Part,
+    VideoRecord,
+    find_dataset,
+    in_order,
+    read_list,
+)
 from pipelines.scoring import Videos
-from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_recogniser, read_card
+from tsm_core.checkpoints import import_checkpoint, load_recogniser
 from tsm_core.errors import CallerError
 from tsm_core.labels import Convention, labels_of
 from tsm_core.model import TSM, WindowTSM
-from tsm_core.preprocess import Crop
+from tsm_core.model_file import ModelFileError, read_card
+from tsm_core.preprocess_spec import Crop
 from tsm_core.recipes import RECIPES, Clips, Recipe, Views, find_recipe
 from tsm_core.zoo import find_model
 

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.sources import FILE_FORMATS
+from pipelines.addresses import FILE_FORMATS
+from pipelines.datasets import TEMPLATE
 from tsm_core.errors import CallerError
 
-TEMPLATE = "img_{:05}.jpg"
 MOST_PIXELS = 1 << 26  # of a JPEG that says how large it is; what says more is for Pillow to refuse
 HELD_BYTES = 64 << 20  # more compressed video than this is read a second time rather than held in memory
 TIMED_CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "vp9", "av1", "mjpeg")  # one packet, one shown frame

@@ -26,7 +26,7 @@ from pipelines.scoring import Groups, Loader, Trial, Videos, check_fit, decoders
 from tsm_core.errors import CallerError
 from tsm_core.labels import Convention
 from tsm_core.model import TSM, WindowTSM
-from tsm_core.preprocess import Crop
+from tsm_core.preprocess_spec import Crop
 from tsm_core.recipes import Clips, Recipe, Views
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from typing import BinaryIO
 
 import httpx
 
-from tsm_core.checkpoints import ModelFileError, import_checkpoint, read_card, save_model
+from tsm_core.checkpoints import import_checkpoint, save_model
 from tsm_core.detector_recipes import DetectorRecipe, find_any_recipe
 from tsm_core.errors import CallerError, WorldError
+from tsm_core.model_file import ModelFileError, read_card
 from tsm_core.recipes import Checkpoint, Recipe
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known

@@ -13,16 +13,18 @@ import av
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from pipelines.addresses import FILE_FORMATS
 from pipelines.objects import ObjectAnalytics, ObjectFilter, ObjectRules
-from pipelines.sources import CLOCK_HZ, FILE_FORMATS, iter_file
+from pipelines.sources import CLOCK_HZ, iter_file
 from tsm_core.boxes import detections_on
 from tsm_core.checkpoints import AnyModel, load_model
 from tsm_core.detector import TSMDetector
 from tsm_core.errors import CallerError
 from tsm_core.events import ActionDetector
+from tsm_core.frame import Frame
 from tsm_core.model import TSM, WindowTSM
 from tsm_core.postprocess import Smoother
-from tsm_core.types import ActionEvent, Frame, ObjectEvent, Scores, Track
+from tsm_core.types import ActionEvent, ObjectEvent, Scores, Track
 from tsm_core.zoo import find_model
 
 Event = ActionEvent | ObjectEvent

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from pipelines.init_weights import NONE, NoInitialWeights, find_backbone, find_trained
 from tsm_core.backbones import BACKBONES
-from tsm_core.checkpoints import ModelFileError, load_detector, read_card
+from tsm_core.checkpoints import load_detector
 from tsm_core.detector import TSMDetector
 from tsm_core.detector_nets import build_network
 from tsm_core.detector_recipes import DETECTOR_RECIPES, DetectorRecipe
+from tsm_core.model_file import ModelFileError, read_card
 
 PLACES = ("backbone.", "backbone.body.")  # where detectors have a ResNet
 

@@ -10,10 +10,11 @@ import torch
 import torchvision
 
 from tsm_core.backbones import BACKBONES
-from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_backbone, load_recogniser, read_card
+from tsm_core.checkpoints import import_checkpoint, load_backbone, load_recogniser
 from tsm_core.detector_recipes import DetectorRecipe
 from tsm_core.errors import CallerError
 from tsm_core.model import TSM, WindowTSM
+from tsm_core.model_file import ModelFileError, read_card
 from tsm_core.recipes import RECIPES, Recipe
 
 NONE = "none"

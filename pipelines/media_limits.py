@@ -17,16 +17,17 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from pipelines.sources import FILE_FORMATS
+from pipelines.addresses import FILE_FORMATS
 from tsm_core.errors import CallerError, WorldError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 JPEG_HEAD = b"\xff\xd8\xff"
@@ -94,6 +95,8 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> Tensor:
     16-bit pictures keep their upper 8 bits. Raises MediaTooLarge before the pixels are decoded, and BadMedia for
     another format and for one that is damaged or cut off.
     """
+    import torch  # slow to import, and who judges videos alone needs none of it
+
     if len(data) > limits.image_bytes:
         raise MediaTooLarge(
             f"the picture has {len(data)} bytes, at most {limits.image_bytes} are taken (limits.image_bytes)"

@@ -10,8 +10,8 @@ from typing import Any
 from pipelines.card_text import commands_text, recipe_text, table, training_text, versions_text
 from pipelines.curves import save_curves
 from pipelines.prepare import write_whole
-from tsm_core.checkpoints import ModelFileError, read_card
 from tsm_core.detector_recipes import DetectorRecipe
+from tsm_core.model_file import ModelFileError, read_card
 from tsm_core.recipes import Recipe
 
 

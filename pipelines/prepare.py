@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pipelines.addresses import FILE_FORMATS
 from pipelines.datasets import (
     PARTS,
     VIDEO_SUFFIXES,
@@ -29,7 +30,7 @@ from pipelines.datasets import (
     scan_list,
 )
 from pipelines.decoding import FolderReader, UnreadableVideo, VideoReader, open_frames
-from pipelines.sources import FILE_FORMATS, find_ffmpeg
+from pipelines.sources import find_ffmpeg
 from tsm_core.errors import CallerError
 
 Progress = Callable[[int, int], None]  # videos done, videos in all

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.datasets import VideoDataset, VideoRecord, VideoSample
-from pipelines.decoding import TEMPLATE
+from pipelines.datasets import TEMPLATE, VideoRecord
 from pipelines.journal import Prediction
 from pipelines.metrics import ranking
+from pipelines.video_dataset import VideoDataset, VideoSample
 from tsm_core.errors import CallerError, WorldError
 from tsm_core.model import TSM, WindowTSM
 from tsm_core.preprocess import crop_views, normalise, resize

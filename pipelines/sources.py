@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from pipelines.addresses import (
+    FILE_FORMATS,
     NETWORKS,
     AddressNotAllowed,
     AddressNotFound,
@@ -45,7 +46,7 @@ from pipelines.addresses import (
 )
 from pipelines.faults import Fault, classify, file_path, has_secret, redact, split_userinfo, with_userinfo
 from tsm_core.errors import CallerError, WorldError
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +57,6 @@ LOOP = "LOOP"  # no fault: a looped file whose decoder cannot go back begins aga
 STAYING_VERSION = (8, 0)  # of ffmpeg: from here on a redirect needs a protocol of the whitelist; 5.1 follows any
 REDIRECTED = "Redirecting to"  # what it says before it does so
 STOP_GRACE_S = 1.5  # a child that has not ended so long after SIGTERM is killed
-
-# files that hold their own video; a playlist could point to other files and hosts
-FILE_FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,gif,ogg,asf,nut,mxf,ivf,dv,"
-    "h264,hevc,av1,m4v,mjpeg,apng"
-)
 
 # run by a bare Python that becomes the decoder: the child dies with the thread that started it. A fork with code of
 # ours in it (preexec_fn) is not safe in a process with many threads; this is.

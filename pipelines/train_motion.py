@@ -32,7 +32,8 @@ from pipelines.camera import viewed_pictures
 from pipelines.scenes import LABELS, ClipMaker, Pixels, Scene
 from tsm_core.checkpoints import save_model
 from tsm_core.model import TSM, build
-from tsm_core.preprocess import PreprocessSpec, preprocess
+from tsm_core.preprocess import preprocess
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import find_recipe
 from tsm_core.zoo import WEIGHTS
 

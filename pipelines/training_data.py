@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.datasets import Kind, VideoRecord, find_dataset, open_list, read_frames
-from pipelines.decoding import TEMPLATE, UnreadableVideo
+from pipelines.datasets import TEMPLATE, Kind, VideoRecord, find_dataset, open_list
+from pipelines.decoding import UnreadableVideo
 from pipelines.motion8 import Motion8
 from pipelines.sampling import test_indices, train_indices
+from pipelines.video_dataset import read_frames
 from tsm_core.errors import CallerError, TSMError
-from tsm_core.preprocess import PreprocessSpec, crop_views
+from tsm_core.preprocess import crop_views
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import CLIPS, Recipe, Views
 
 REPLACEMENTS = 20  # videos tried in place of one that cannot be read

@@ -14,7 +14,8 @@ from services.served import Output, Served
 from services.snapshots import ModelState
 from services.stream_models import StreamModel
 from tsm_core.arena import Slot, WindowArena
-from tsm_core.types import Frame, Scores, Track
+from tsm_core.frame import Frame
+from tsm_core.types import Scores, Track
 
 BACKWARD_S = 0.5  # a clock may be set back so far without a new beginning
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from services.frame_queue import FrameQueue, Waiting
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 
 @dataclass(frozen=True, slots=True)

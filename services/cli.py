@@ -25,7 +25,6 @@ from services.logs import set_up
 from services.remote import LOCAL, Json, RemoteRefusal, Server, ask, check, read_token, unreachable, with_token
 from services.settings import load_settings
 from services.tables import print_table
-from tsm_core.checkpoints import load_model
 from tsm_core.errors import CallerError, TSMError, WorldError
 from tsm_core.types import ObjectEvent
 from tsm_core.zoo import find_model
@@ -174,6 +173,7 @@ def infer(
 
     from pipelines.infer import infer_file, title_of
     from services.schemas import cloud_event, object_event, objects_record, score_record
+    from tsm_core.checkpoints import load_model
 
     # threads that wait for one another cost minutes on a busy machine
     settings = load_settings()

@@ -1,4 +1,7 @@
-"""The tsm commands that need no service: recipes, models, data sets, evaluation."""
+"""The tsm commands that need no service: recipes, models, data sets, evaluation.
+
+What imports torch, which takes seconds, is imported by the commands that need it.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from tqdm import tqdm
 
-from pipelines import vid
 from pipelines.datasets import DATASETS, Kind, Part
 from services.settings import Settings, load_settings
 from services.tables import print_table
-from tsm_core.checkpoints import import_checkpoint, load_backbone, load_recogniser, read_card, save_model
-from tsm_core.cost import multiply_adds, parameters
-from tsm_core.detector import TSMDetector
 from tsm_core.detector_recipes import DETECTOR_RECIPES, DetectorRecipe, find_any_recipe
 from tsm_core.labels import Convention
-from tsm_core.model import TSM, build
-from tsm_core.preprocess import Crop
+from tsm_core.model_file import read_card
+from tsm_core.preprocess_spec import Crop
 from tsm_core.recipes import RECIPES, Accuracy, Clips, Recipe, RecipeError, find_recipe
 from tsm_core.zoo import available_models, find_model
+
+if TYPE_CHECKING:
+    from tsm_core.checkpoints import AnyModel
 
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes: all that names and reproduces a model.")
 models_app = typer.Typer(no_args_is_help=True, help="Models at hand; public and foreign weights.")
@@ -35,9 +37,6 @@ data_app = typer.Typer(
 )
 
 EXAMPLES = 10
-BOXES: list[dict[str, Any]] = [  # data sets with boxes that lie in files
-    {"name": vid.NAME, "title": vid.TITLE, "classes": len(vid.WNIDS), "kinds": ["boxes"], "source": vid.SOURCE}
-]
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="kinetics400, sthv1, sthv2, jester, ...")]
@@ -94,7 +93,7 @@ def show_recipe(name: Annotated[str, typer.Argument(metavar="RECIPE")], as_json:
     if isinstance(recipe, DetectorRecipe):
         _show_detector(recipe, as_json)
         return
-    facts = {"params": parameters(recipe), "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3)}
+    facts = _cost_of(recipe)
     data = {
         **asdict(recipe),
         "mode": _mode(recipe),
@@ -164,7 +163,7 @@ def show_recipe(name: Annotated[str, typer.Argument(metavar="RECIPE")], as_json:
 
 
 def _show_detector(recipe: DetectorRecipe, as_json: bool) -> None:
-    facts = {"params": parameters(recipe), "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3)}
+    facts = _cost_of(recipe)
     if as_json:
         typer.echo(json.dumps({**asdict(recipe), "mode": "step", **facts}))
         return
@@ -192,6 +191,12 @@ def _show_detector(recipe: DetectorRecipe, as_json: bool) -> None:
                 "sha256": (recipe.checkpoint.sha256 or "not published") if recipe.checkpoint else "",
             },
         )
+
+
+def _cost_of(recipe: Recipe | DetectorRecipe) -> dict[str, Any]:
+    from tsm_core.cost import multiply_adds, parameters
+
+    return {"params": parameters(recipe), "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3)}
 
 
 def _input_of(recipe: DetectorRecipe) -> str:
@@ -330,9 +335,12 @@ def import_model(
     as_json: Json = False,
 ) -> None:
     """Make a model of a foreign checkpoint: every weight must fit, nothing in the file is executed."""
+    from tsm_core.checkpoints import import_checkpoint, load_backbone, save_model
+    from tsm_core.model import build
+
     recipe = find_any_recipe(recipe_name)
     target = out or load_settings().models.folder / f"{name or recipe.name}.safetensors"
-    model: TSM | TSMDetector
+    model: AnyModel
     if backbone_only:
         if isinstance(recipe, DetectorRecipe):
             raise RecipeError(f"--backbone-only makes recognisers; tsm train {recipe.name} begins with what it needs")
@@ -355,6 +363,7 @@ def export_model(
     as_json: Json = False,
 ) -> None:
     """Write a model for other runtimes: ONNX or torch.export, over clips or frame by frame."""
+    from tsm_core.checkpoints import load_recogniser
     from tsm_core.export import ExportError
     from tsm_core.export import export_model as write
 
@@ -373,15 +382,20 @@ def export_model(
 @data_app.command("list")
 def list_datasets(as_json: Json = False) -> None:
     """The data sets, and where to get them."""
+    from pipelines import vid
+
+    boxes: list[dict[str, Any]] = [  # data sets with boxes that lie in files
+        {"name": vid.NAME, "title": vid.TITLE, "classes": len(vid.WNIDS), "kinds": ["boxes"], "source": vid.SOURCE}
+    ]
     if as_json:
         listed = [{**asdict(row), "classes": len(row.labels)} for row in DATASETS.values()]
-        typer.echo(json.dumps([*listed, *BOXES]))
+        typer.echo(json.dumps([*listed, *boxes]))
         return
     rows: list[tuple[str, ...]] = [("NAME", "TITLE", "CLASSES", "AS", "SPLITS", "FROM")]
     for row in DATASETS.values():
         kinds = " or ".join(row.kinds)
         rows.append((row.name, row.title, str(len(row.labels)), kinds, str(row.splits), row.source))
-    rows += [(each["name"], each["title"], str(each["classes"]), "boxes", "1", each["source"]) for each in BOXES]
+    rows += [(each["name"], each["title"], str(each["classes"]), "boxes", "1", each["source"]) for each in boxes]
     print_table(rows)
 
 
@@ -390,6 +404,7 @@ def prepare_dataset(
     dataset: DatasetName, data: DataRoot, split: Split = None, kind: DataKind = None, as_json: Json = False
 ) -> None:
     """Turn a data set's official annotations into lists of videos, and say which of those are absent."""
+    from pipelines import vid
     from pipelines.prepare import prepare
 
     if dataset == vid.NAME:
@@ -424,6 +439,7 @@ def check_dataset(
     as_json: Json = False,
 ) -> None:
     """Look at every listed video: missing, unreadable, too short, miscounted; exit code 1 for an unusable one."""
+    from pipelines import vid
     from pipelines.prepare import check
 
     if dataset == vid.NAME:
@@ -454,6 +470,8 @@ def check_dataset(
 
 
 def _prepare_vid(data: Path, as_json: bool) -> None:
+    from pipelines import vid
+
     with _items_bar(f"prepare {vid.NAME}", "video") as on_progress:
         report = vid.prepare_vid(data, on_progress=on_progress)
     if as_json:
@@ -465,6 +483,8 @@ def _prepare_vid(data: Path, as_json: bool) -> None:
 
 
 def _check_vid(data: Path, part: Part | None, full: bool, as_json: bool) -> None:
+    from pipelines import vid
+
     home = vid.home_of(data)
     names = [part] if part else [name for name, file in vid.FILES.items() if (home / "annotations" / file).is_file()]
     with _items_bar(f"check {vid.NAME}", "video") as on_progress:
@@ -722,7 +742,7 @@ def _at_hand(name: str, path: Path) -> dict[str, Any]:
             "frames": recipe.frames,
             "input_size": list(recipe.input_size),
             "score_thresh": recipe.score_thresh,
-            "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3),
+            "gmac_per_result": _cost_of(recipe)["gmac_per_result"],
             "labels": list(recipe.labels),
             "file": str(path),
             "card": card,
@@ -737,7 +757,7 @@ def _at_hand(name: str, path: Path) -> dict[str, Any]:
         "backbone": recipe.backbone,
         "frames": recipe.frames,
         "input_px": recipe.preprocess.input_px,
-        "gmac_per_result": round(multiply_adds(recipe) / 1e9, 3),
+        "gmac_per_result": _cost_of(recipe)["gmac_per_result"],
         "labels": list(recipe.labels),
         "file": str(path),
         "card": card,

@@ -16,7 +16,8 @@ from services.served import ServedDetector
 from services.snapshots import ModelState, SnapshotError
 from services.stream_models import StreamModel
 from tsm_core.boxes import Boxes, detections_on
-from tsm_core.types import Frame, ObjectEvent, Track
+from tsm_core.frame import Frame
+from tsm_core.types import ObjectEvent, Track
 
 
 class ObjectDetection(Analytics[Boxes]):

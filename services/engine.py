@@ -25,7 +25,8 @@ from services.inference import InferReply, InferRequest, ModelNotReady, NotMine
 from services.lanes import Clip, ClipLane, Sight
 from services.previews import Previews
 from services.pushed import PushedSession
-from services.requests import Requests, check_request, description_of
+from services.request_form import check_request, description_of
+from services.requests import Requests
 from services.schemas import SEQUENCES, Lease, ReplicaInfo, StreamSpec
 from services.served import Model, Served, ServedRecogniser, serve
 from services.session import ModelNotLoaded, OpenSource, Session
@@ -859,6 +860,7 @@ class Engine:
             draining=self._draining,
             started_at=self._started_s,
             models=tuple(self.served),
+            gmac_per_result={name: served.gmac_per_result for name, served in list(self.served.items())},
         )
         try:
             self.store.heartbeat(info, self.settings.engine.heartbeat_ttl_ms)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from services.tracing import FrameTrace
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 QUEUE_REASONS = ("queue", "age", "fps", "closed", "failed")
 

@@ -7,14 +7,12 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 from typing_extensions import override
 
-from services.engine import Engine
 from services.inference import (
     VERSION,
     Duration,
@@ -26,26 +24,22 @@ from services.inference import (
     ModelInUse,
     ModelNotReady,
     ModelStatistics,
-    NotMine,
     RequestTimeout,
     UnknownModel,
 )
-from services.requests import check_request, describe_model, description_of
-from services.schemas import Lease
+from services.request_form import check_request, describe_model
 from services.sequences import Replicas, Sequences
 from services.settings import ModelSettings, Settings
 from services.store import StateStore
-from services.tracing import request_span
 from services.wanted import FAULTS, want, wanted_models
-from tsm_core.checkpoints import ModelFileError, read_card
 from tsm_core.detector_recipes import DetectorRecipe
+from tsm_core.model_file import ModelFileError, read_card
 from tsm_core.recipes import Recipe
 from tsm_core.zoo import available_models, find_model
 
 LOAD_S = 120.0
 LOOK_S = 0.05
 FIRST_LOOK_S = 0.005
-OPEN_S = 2.0  # a replica that was given a sequence has so long to open it
 KNOWN_S = 0.5  # how long a gateway remembers which models are wanted
 
 
@@ -233,63 +227,3 @@ def _recipe(path: Path) -> Recipe | DetectorRecipe:
 @lru_cache(maxsize=256)
 def _card(path: Path, _: int) -> Recipe | DetectorRecipe:
     return read_card(path)[0]
-
-
-class LocalReplicas(Replicas):
-    """Engines of this process."""
-
-    def __init__(self, *engines: Engine) -> None:
-        self._engines = {engine.id: engine for engine in engines}
-
-    @override
-    async def infer(self, request: InferRequest, owner: str | None = None) -> InferReply:
-        engine = next(iter(self._engines.values())) if owner is None else self._engines.get(owner)
-        if engine is None:
-            raise ModelNotReady(f"there is no engine {owner} here")
-        return await infer_here(engine, request)
-
-    @override
-    async def push(self, lease: Lease, token: str, request: InferRequest) -> InferReply:
-        engine = self._engines.get(lease.owner)
-        if engine is None:
-            raise NotMine(f"there is no engine {lease.owner} here")
-        return await push_when_open(engine, lease, token, request)
-
-
-class LocalInference(StoreInference):
-    """Inference by engines of this process, over their store: for tests, and where no Ray is wanted."""
-
-    def __init__(self, *engines: Engine) -> None:
-        super().__init__(engines[0].store, engines[0].settings, LocalReplicas(*engines))
-        self._engines = engines
-
-    @override
-    def _describe(self, name: str, model: ModelSettings, *, ready: bool) -> ModelDescription:
-        for engine in self._engines:
-            if (served := engine.served.get(name)) is not None:
-                return replace(description_of(served), ready=ready)
-        return super()._describe(name, model, ready=ready)
-
-
-async def infer_here(engine: Engine, request: InferRequest) -> InferReply:
-    """The engine's answer to a request that stands alone. Raises what Engine.infer raises."""
-    with request_span("infer", request.trace, model=request.model):
-        return await asyncio.wrap_future(engine.infer(request))
-
-
-async def push_when_open(engine: Engine, lease: Lease, token: str, request: InferRequest) -> InferReply:
-    """The engine's answer to frames of a sequence; one that it was given just now may still have to be opened.
-
-    Raises NotMine and what Engine.push raises.
-    """
-    until_s = time.monotonic() + OPEN_S
-    while True:
-        try:
-            answer = engine.push(lease.stream_id, lease.epoch, token, request)
-        except NotMine:
-            if time.monotonic() > until_s or not engine.expects(lease):
-                raise
-            await asyncio.sleep(FIRST_LOOK_S)
-        else:
-            with request_span("push", request.trace, model=request.model, stream=lease.stream_id):
-                return await asyncio.wrap_future(answer)

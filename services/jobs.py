@@ -20,7 +20,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
 
 from pipelines.media_limits import MediaLimits, checked_video
@@ -32,7 +31,7 @@ from tsm_core.errors import CallerError, TSMError, WorldError
 from tsm_core.types import ObjectEvent
 from tsm_core.zoo import find_model
 
-if TYPE_CHECKING:  # torchvision is slow to import: the first job waits for it, the start of the service does not
+if TYPE_CHECKING:  # torch is slow to import: the first job waits for it, the start of the service does not
     from pipelines.infer import FrameResult
     from tsm_core.checkpoints import AnyModel
 
@@ -239,7 +238,6 @@ class JobRunner:
     def start(self) -> None:
         """Begin to work."""
         self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        torch.set_num_threads(self._settings.engine.threads)
         with contextlib.suppress(WorldError):
             self._beat()
         for name, work in (("jobs", self._work), ("jobs-keeper", self._keep)):
@@ -444,9 +442,12 @@ class JobRunner:
         return now()
 
     def _loaded(self, name: str) -> AnyModel:
+        import torch
+
         from services.engine import pick_device
         from tsm_core.checkpoints import load_model
 
+        torch.set_num_threads(self._settings.engine.threads)
         if self._model is None or self._model[0] != name:
             self._model = None  # never two at once
             path = next((model.path for model in self._settings.engine.models if model.name == name), None)

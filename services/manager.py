@@ -23,6 +23,7 @@ from services.wanted import WANTED
 from services.wire import Wire
 from tsm_core.detector_recipes import DetectorRecipe
 from tsm_core.errors import CallerError, WorldError
+from tsm_core.model_file import read_card
 from tsm_core.postprocess import GestureSmoother
 from tsm_core.recipes import Recipe, SmootherName
 from tsm_core.zoo import UnknownModel, find_model
@@ -140,7 +141,9 @@ class ServedModel(Wire):
     window_s: float | None = Field(None, description="window mode: seconds of video one result sees")
     stride_s: float | None = Field(None, description="window mode: seconds between two results")
     frames_per_result: int = Field(1, description="frames that go through the network for one result")
-    gmac_per_result: float | None = Field(None, description="thousand million multiply-adds of one result")
+    gmac_per_result: float | None = Field(
+        None, description="thousand million multiply-adds of one result; null until a replica holds it"
+    )
     smoother: SmootherName = "exponential"
     default: bool = Field(False, description="used by streams that name no model")
 
@@ -160,16 +163,12 @@ def served_models(settings: Settings) -> tuple[ServedModel, ...]:
 
 
 def _described(name: str, path: Path | None, settings: Settings, *, default: bool = False) -> ServedModel:
-    from tsm_core.checkpoints import read_card  # torchvision is slow to import, and the controller needs none of it
-
     recipe, _ = read_card(find_model(name, path, [settings.models.folder]))
     return describe(name, recipe, default=default)
 
 
 def describe(name: str, recipe: Recipe | DetectorRecipe, *, default: bool = False) -> ServedModel:
-    """A model as the doors show it, with what one result of it costs."""
-    from tsm_core.cost import multiply_adds  # imports torchvision, as above
-
+    """A model as the doors show it; what a result of it costs is told by the replicas that hold it."""
     about: dict[str, Any]
     if isinstance(recipe, DetectorRecipe):
         about = {"task": "detection", "mode": "step", "input_px": max(recipe.input_size)}
@@ -187,7 +186,6 @@ def describe(name: str, recipe: Recipe | DetectorRecipe, *, default: bool = Fals
         name=name,
         labels=recipe.labels,
         shift=recipe.shift,
-        gmac_per_result=round(multiply_adds(recipe) / 1e9, 3),
         default=default,
         **about,
     )
@@ -355,7 +353,9 @@ class StreamManager:
         kept = [model for model in self._models if changes.get(model.name, True)]
         known = {model.name for model in self._models}
         more = sorted(name for name, wanted in changes.items() if wanted and name not in known)
-        return (*kept, *(_described(name, None, self.settings) for name in more))
+        found = (*kept, *(_described(name, None, self.settings) for name in more))
+        costs = {name: cost for replica in self.store.replicas() for name, cost in replica.gmac_per_result.items()}
+        return tuple(model.model_copy(update={"gmac_per_result": costs.get(model.name)}) for model in found)
 
     def replicas(self) -> list[ReplicaInfo]:
         """The engine replicas that are alive, ordered by id."""

@@ -24,7 +24,8 @@ from services.session import OpenSource, Session
 from services.settings import Settings
 from services.snapshots import Snapshot
 from tsm_core.errors import TSMError, WorldError
-from tsm_core.types import Frame, Scores
+from tsm_core.frame import Frame
+from tsm_core.types import Scores
 
 AHEAD = 2  # frames that are decoded before their turn
 FIRST_FPS = 15.0  # spacing of several frames in the first request of a sequence

@@ -18,8 +18,9 @@ from tsm_core.arena import ArenaFull, Slot
 from tsm_core.crops import crop_object, crop_region
 from tsm_core.errors import ShapeError
 from tsm_core.events import ActionDetector
+from tsm_core.frame import Frame
 from tsm_core.postprocess import new_smoother
-from tsm_core.types import Frame, Scores, Track
+from tsm_core.types import Scores, Track
 
 log = logging.getLogger(__name__)
 

@@ -188,6 +188,7 @@ class ReplicaInfo(Wire):
     draining: bool = False
     started_at: float = 0.0
     models: tuple[str, ...] = Field((), description="models that it holds")
+    gmac_per_result: dict[str, float] = Field({}, description="of each: thousand million multiply-adds of one result")
 
 
 class Lease(Wire):

@@ -17,6 +17,7 @@ from pipelines.object_rules import ObjectRules
 from pipelines.objects import ObjectAnalytics
 from tsm_core.arena import Arena, ArenaFull, Slot, WindowArena
 from tsm_core.boxes import Boxes
+from tsm_core.cost import multiply_adds
 from tsm_core.detector import TSMDetector
 from tsm_core.model import TSM, WindowTSM
 
@@ -30,8 +31,8 @@ Model = TSM | WindowTSM | TSMDetector
 class Served(ABC, Generic[Output]):
     """A model with an arena: one slot for each stream, and `object_slots` more for tracked objects.
 
-    schema names weights and layout: a state that was saved under another one is never loaded. Whoever allocates,
-    frees or steps holds the engine's step lock.
+    schema names weights and layout: a state that was saved under another one is never loaded. gmac_per_result: thousand
+    million multiply-adds of one result. Whoever allocates, frees or steps holds the engine's step lock.
     """
 
     task: ClassVar[Task]
@@ -43,6 +44,7 @@ class Served(ABC, Generic[Output]):
         self.arena: Arena | WindowArena = model.new_arena(slots + object_slots)
         self.object_slots = object_slots
         self.schema = f"{name}@{model_version(model)}:{model.mode}:{self.arena.elements}"
+        self.gmac_per_result = round(multiply_adds(self.recipe) / 1e9, 3)
         self._objects: set[Slot] = set()
         self._costs_ms: deque[float] = deque(maxlen=COSTS_KEPT)
 

@@ -22,7 +22,7 @@ from services.stream_models import StreamModel
 from services.telemetry import StreamFigures
 from services.tracing import frame_trace
 from tsm_core.errors import CallerError
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 LATENCY_S = 60.0
 BLIND_S = 2.0

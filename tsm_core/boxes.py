@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tsm_core.errors import ShapeError
-from tsm_core.types import Detection, Frame
+from tsm_core.frame import Frame
+from tsm_core.types import Detection
 
 Size = tuple[int, int]
 

@@ -21,31 +21,23 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tsm_core.backbones import ShiftedConv2d
 from tsm_core.detector import TSMDetector, build_detector
-from tsm_core.detector_recipes import DetectorRecipe, recipe_from_json
-from tsm_core.errors import CallerError
+from tsm_core.detector_recipes import DetectorRecipe
 from tsm_core.key_maps import Translated, translate
 from tsm_core.model import TSM, WindowTSM, build
+from tsm_core.model_file import FORMAT, ModelFileError, open_safetensors, read_card
 from tsm_core.recipes import Recipe
 
-FORMAT = "tsm-live/1"
 LISTED = 20  # names in one message
 SNIFFED_BYTES = 1 << 16
 SORTED_BY_MIT = ("sthv1", "jester")  # data sets whose official order of classes mit-han-lab's models do not follow
 
 
 AnyModel = TSM | WindowTSM | TSMDetector
-
-
-class ModelFileError(CallerError):
-    """A model file is missing, damaged, or does not fit its recipe."""
-
-    reason = "bad_model_file"
 
 
 def save_model(path: Path | str, model: AnyModel, card: dict[str, Any] | None = None) -> None:
@@ -67,22 +59,13 @@ def save_model(path: Path | str, model: AnyModel, card: dict[str, Any] | None = 
         part.unlink(missing_ok=True)
 
 
-def read_card(path: Path | str) -> tuple[Recipe | DetectorRecipe, dict[str, Any]]:
-    """Recipe and card of a model file, without its weights. Raises ModelFileError."""
-    metadata, _ = _read_own(Path(path), weights=False)
-    try:
-        return recipe_from_json(metadata["recipe"]), json.loads(metadata.get("card", "{}"))
-    except CallerError as error:
-        raise ModelFileError(f"{path}: {error}") from None
-
-
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> AnyModel:
     """The recogniser or detector in a file, on `device`, in eval mode; in window mode when it cannot be stepped.
 
     Raises ModelFileError that lists keys which are missing, unknown or of another shape.
     """
     recipe, card = read_card(path)
-    _, tensors = _read_own(Path(path), weights=True)
+    _, tensors = _read_safetensors(Path(path))
     model = build_detector(recipe) if isinstance(recipe, DetectorRecipe) else build(recipe)
     if wrong := _differences(model.net.state_dict(), tensors):
         raise ModelFileError(f"{path} does not fit {recipe.name} ({_network_of(recipe)}): {wrong}")
@@ -363,23 +346,9 @@ def _some(names: Iterable[str], most: int = LISTED) -> str:
 # ---- reading files
 
 
-def _read_own(path: Path, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not path.is_file():
-        raise ModelFileError(f"model file {path} does not exist", reason="model_file_not_found")
-    metadata, tensors = _read_safetensors(path, weights)
-    if metadata.get("format") != FORMAT or "recipe" not in metadata:
-        raise ModelFileError(f"{path} has no recipe of format {FORMAT} in its metadata; write it with save_model")
-    return metadata, tensors
-
-
-def _read_safetensors(path: Path, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()} if weights else {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path} is no safetensors file: {error}") from None
-    return metadata, tensors
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with open_safetensors(path, "pt") as file:
+        return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 @dataclass(frozen=True)
@@ -433,7 +402,7 @@ def _read_foreign(path: Path) -> _Foreign:
             reason="not_a_checkpoint",
         )
     if path.suffix == ".safetensors" or head[8:9] == b"{":
-        metadata, tensors = _read_safetensors(path, weights=True)
+        metadata, tensors = _read_safetensors(path)
         return _Foreign(_tensors_of(path, tensors), own=metadata.get("format") == FORMAT)
     content = _unpickled(path, head, size)
     if isinstance(content, Mapping) and "state_dict" in content:

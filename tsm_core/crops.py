@@ -7,7 +7,8 @@ import math
 from torch import Tensor
 
 from tsm_core.errors import ShapeError
-from tsm_core.types import Box, Frame
+from tsm_core.frame import Frame
+from tsm_core.types import Box
 
 
 def crop_region(frame: Frame, region: Box) -> Tensor:

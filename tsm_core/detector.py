@@ -21,7 +21,8 @@ from tsm_core.detector_heads import FAMILIES, Dense, Features, chosen
 from tsm_core.detector_nets import build_network
 from tsm_core.detector_recipes import ARCHITECTURES, DetectorRecipe
 from tsm_core.errors import ShapeError
-from tsm_core.preprocess import PreprocessSpec, by_size, normalise
+from tsm_core.preprocess import by_size, normalise
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.shift import ClipPass, MeasurePass, StepPass
 
 LEAST_TRUTH_PX = 1.0  # side of a box to be learnt, in pixels of the input

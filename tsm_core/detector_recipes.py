@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from tsm_core.labels import labels_of
-from tsm_core.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from tsm_core.preprocess_spec import IMAGENET_MEAN, IMAGENET_STD
 from tsm_core.recipes import RECIPES, Checkpoint, Recipe, RecipeError, UnknownRecipe, record_from_json
 
 TASK: Literal["detection"] = "detection"  # what tells a detector's recipe from a recogniser's in a file

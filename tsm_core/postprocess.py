@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from tsm_core.errors import CallerError, ShapeError
 from tsm_core.recipes import Recipe, SmootherName
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Row = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -31,7 +33,7 @@ def new_smoother(recipe: Recipe, name: SmootherName | None = None) -> Smoother |
 
 def _row_of(logits: Tensor | Sequence[float], labels: Sequence[str], time_s: float) -> Row:
     """One row of logits (K,). Raises ShapeError when it has another length, ValueError when it is not finite."""
-    row = np.asarray(logits.tolist() if isinstance(logits, Tensor) else logits, dtype=np.float64)
+    row = np.asarray(logits if isinstance(logits, Sequence) else logits.tolist(), dtype=np.float64)
     if row.shape != (len(labels),):
         raise ShapeError(f"logits must be ({len(labels)},), got {row.shape}")
     if not np.isfinite(row).all():

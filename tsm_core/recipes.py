@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from tsm_core.errors import CallerError
 from tsm_core.labels import Convention, labels_of
-from tsm_core.preprocess import Crop, PreprocessSpec
+from tsm_core.preprocess_spec import Crop, PreprocessSpec
 
 
 class RecipeError(CallerError):

@@ -7,9 +7,8 @@ from typing import Any
 from ray import serve
 
 from services.actors.enter import enter_actor
-from services.engine import Engine
 from services.inference import InferRequest
-from services.inferring import infer_here, push_when_open
+from services.local_inference import infer_here, push_when_open
 from services.replicas import Answer, answer_or_refusal, replica_name
 from services.schemas import Lease
 from services.settings import Settings
@@ -20,6 +19,8 @@ class EngineReplica:
     """Shell around one Engine."""
 
     def __init__(self, given: Settings | dict[str, Any]) -> None:
+        from services.engine import Engine  # torch is slow to import, and who deploys this needs none of it
+
         settings = enter_actor(given)
         replica_id = replica_name(serve.get_replica_context().replica_id.unique_id)
         self._store = open_store(settings.store)

@@ -26,8 +26,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.motion8 import Motion8
 from tests.benchmark.run import RESULTS, machine
-from tsm_core.checkpoints import load_model, read_card, save_model
+from tsm_core.checkpoints import load_model, save_model
 from tsm_core.model import TSM
+from tsm_core.model_file import read_card
 from tsm_core.preprocess import normalise
 from tsm_core.zoo import WEIGHTS
 

@@ -35,8 +35,9 @@ from pipelines.box_scoring import SPEEDS, Choose, Judged, VideoPrecision, compar
 from pipelines.moving_shapes import IGNORE_BELOW, SHAPES, MovingShapes
 from pipelines.results import versions
 from tests.benchmark.run import RESULTS, machine
-from tsm_core.checkpoints import load_model, read_card, save_model
+from tsm_core.checkpoints import load_model, save_model
 from tsm_core.detector import TSMDetector
+from tsm_core.model_file import read_card
 from tsm_core.zoo import WEIGHTS
 
 SINGLE, TSM, PHOTOS = "moving_shapes_still", "moving_shapes_tsm", "moving_photos"

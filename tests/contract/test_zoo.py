@@ -9,7 +9,7 @@ from torch import nn
 
 from tsm_core.cost import multiply_adds
 from tsm_core.model import NotSteppable, build
-from tsm_core.preprocess import PreprocessSpec
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import PAGE_ROWS, RECIPES, find_recipe
 
 PX = 64  # the laws do not depend on the size of the picture

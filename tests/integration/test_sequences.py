@@ -19,9 +19,9 @@ from pipelines.sources import iter_file
 from services.controller import Controller
 from services.engine import Engine
 from services.inference import NoCapacity, OutOfStep, SequenceBusy, SequenceCall, UnknownSequence
-from services.inferring import LocalInference
+from services.local_inference import LocalInference
 from services.pushed import MAX_IN_FLIGHT
-from services.requests import MAX_SEQUENCE_FRAMES
+from services.request_form import MAX_SEQUENCE_FRAMES
 from services.schemas import StreamSpec
 from services.sequences import sequence_stream
 from services.settings import StoreSettings

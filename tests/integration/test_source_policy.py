@@ -18,7 +18,7 @@ from pipelines.camera import Camera
 from pipelines.faults import probe
 from pipelines.rtsp_server import RtspServer
 from pipelines.sources import Source, SourceConfig, SourceState, decoder_command, find_camera_ffmpeg, find_ffmpeg
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 DECODERS = ["ffmpeg", "bundled ffmpeg", "pyav"]
 

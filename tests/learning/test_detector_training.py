@@ -23,8 +23,8 @@ from pipelines.work_dir import WorkDir
 from services.cli import app
 from tests.unit.pipelines import box_kit
 from tests.unit.pipelines.vid_kit import make_vid
-from tsm_core.checkpoints import read_card
 from tsm_core.detector_recipes import DETECTOR_RECIPES, DetectorRecipe
+from tsm_core.model_file import read_card
 
 RFCN = "rfcn_resnet101_vid_uni"
 TWINS = [name for name, row in DETECTOR_RECIPES.items() if row.training and row.shift == "uni" and name != RFCN]

@@ -28,7 +28,7 @@ from pipelines.sharing import WorkersDied
 from tests.assets.make import make_miniature
 from tsm_core.checkpoints import load_model, save_model
 from tsm_core.model import build
-from tsm_core.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec
+from tsm_core.preprocess_spec import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec
 from tsm_core.recipes import RECIPES, Recipe, Views, find_recipe
 
 CLIPS = Path(os.environ.get("TSM_VIDEOS_DIR", Path(__file__).resolve().parents[3] / "shared" / "videos"))

@@ -7,7 +7,8 @@ import torch
 
 from tests.benchmark.motion8 import ARMS, SEEDS, judge
 from tests.benchmark.run import RESULTS
-from tsm_core.checkpoints import load_model, read_card
+from tsm_core.checkpoints import load_model
+from tsm_core.model_file import read_card
 from tsm_core.zoo import find_model
 
 

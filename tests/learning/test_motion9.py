@@ -8,8 +8,9 @@ import torch
 from pipelines.camera import viewed_pictures
 from pipelines.scenes import LABELS, Scene
 from pipelines.train_motion import evaluate_streams, step_films
-from tsm_core.checkpoints import load_model, read_card
+from tsm_core.checkpoints import load_model
 from tsm_core.model import TSM
+from tsm_core.model_file import read_card
 from tsm_core.zoo import find_model
 
 UNSEEN = range(70_000, 70_008)

@@ -8,7 +8,7 @@ import torch
 from pipelines.box_scoring import compare
 from tests.benchmark.moving_shapes import ARMS, DEGRADED, SEEDS, SINGLE, TSM, detector, found_by, judge
 from tests.benchmark.run import RESULTS
-from tsm_core.checkpoints import read_card
+from tsm_core.model_file import read_card
 from tsm_core.zoo import find_model
 
 LEAST, LEAST_DEGRADED = 0.05, 0.08  # AP50 that time must be worth

@@ -14,9 +14,10 @@ from pipelines.box_scoring import score
 from pipelines.model_card import card_files
 from pipelines.scene_boxes import FILMS, FIRST_SEED, sent_film
 from pipelines.scenes import KINDS
-from tsm_core.checkpoints import load_model, read_card
+from tsm_core.checkpoints import load_model
 from tsm_core.detector import TSMDetector
 from tsm_core.detector_recipes import DETECTOR_RECIPES
+from tsm_core.model_file import read_card
 from tsm_core.zoo import find_model
 
 NAME = "scenes_detector"

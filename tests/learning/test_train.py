@@ -27,7 +27,7 @@ from pipelines.training_data import NoData
 from pipelines.training_job import Options, TrainResult
 from pipelines.work_dir import WorkDir
 from tests.assets.make import make_miniature
-from tsm_core.preprocess import PreprocessSpec
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import RECIPES, Recipe, Views
 
 SIDE = 32

@@ -11,7 +11,8 @@ from PIL import Image
 from pipelines.datasets import VideoRecord
 from pipelines.scoring import Videos
 from tsm_core.model import TSM, build
-from tsm_core.preprocess import PreprocessSpec, normalise
+from tsm_core.preprocess import normalise
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import Recipe
 
 LABELS = tuple("abcdefghi")

@@ -36,7 +36,8 @@ from pipelines.augment import (
     warp,
 )
 from tsm_core.errors import ShapeError
-from tsm_core.preprocess import PreprocessSpec, resize
+from tsm_core.preprocess import resize
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import MIT_ROWS, PAGE_ROWS, PIL_SPEC, Training
 
 SMALL = {"input_px": 64, "resize_px": 73}

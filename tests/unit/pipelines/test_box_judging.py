@@ -18,8 +18,9 @@ from pipelines.scoring import NotFinite
 from tests.unit.pipelines.box_kit import RECIPE, Blocks
 from tests.unit.pipelines.vid_kit import make_vid
 from tsm_core.boxes import Boxes, letterbox_of
-from tsm_core.checkpoints import ModelFileError, save_model
+from tsm_core.checkpoints import save_model
 from tsm_core.detector import TSMDetector, build_detector
+from tsm_core.model_file import ModelFileError
 
 EAGER = replace(RECIPE, score_thresh=0.0)  # what is not trained is sure of nothing
 

@@ -9,9 +9,10 @@ from pipelines.choice import BadEvaluation, NoData, choose_views, find_checkpoin
 from pipelines.choice import read_clips as read
 from pipelines.datasets import BadList, NoList, VideoRecord
 from tests.unit.pipelines.evaluate_kit import model_of, recipe_of
-from tsm_core.checkpoints import ModelFileError, save_model
+from tsm_core.checkpoints import save_model
 from tsm_core.labels import labels_of
 from tsm_core.model import build
+from tsm_core.model_file import ModelFileError
 from tsm_core.recipes import MOTION9, UnknownRecipe, Views, find_recipe, generic
 from tsm_core.zoo import UnknownModel
 

@@ -14,7 +14,6 @@ from pipelines.datasets import (
     DATASETS,
     BadList,
     NoList,
-    VideoDataset,
     VideoRecord,
     find_dataset,
     in_order,
@@ -23,6 +22,7 @@ from pipelines.datasets import (
     scan_list,
 )
 from pipelines.decoding import UnreadableVideo
+from pipelines.video_dataset import VideoDataset
 from tsm_core.labels import UnknownDataset, labels_of
 from tsm_core.recipes import RECIPES
 

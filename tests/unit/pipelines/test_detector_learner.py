@@ -18,8 +18,9 @@ from pipelines.training_data import ClipOptions, NothingReadable
 from pipelines.training_job import BadOptions
 from tests.unit.pipelines.box_kit import RECIPE, TRAINING, Blocks, blocks_job, with_training
 from tests.unit.pipelines.test_train import checkpoint
-from tsm_core.checkpoints import load_detector, read_card
+from tsm_core.checkpoints import load_detector
 from tsm_core.detector import build_detector
+from tsm_core.model_file import read_card
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,8 @@ from pipelines.journal import Journal
 from pipelines.scoring import CropDoesNotFit, NotFinite, Videos
 from tests.unit.pipelines.evaluate_kit import make_videos, model_of, pictures, recipe_of, write_folder, write_video
 from tsm_core.model import TSM
-from tsm_core.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalise
+from tsm_core.preprocess import normalise
+from tsm_core.preprocess_spec import IMAGENET_MEAN, IMAGENET_STD
 from tsm_core.recipes import Recipe, Views
 
 

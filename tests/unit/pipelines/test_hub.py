@@ -12,9 +12,10 @@ import torchvision
 
 from pipelines import hub
 from pipelines.hub import BadAddress, DownloadFailed, NothingPublished, fetch, pull, pull_model
-from tsm_core.checkpoints import ModelFileError, load_model, read_card
+from tsm_core.checkpoints import load_model
 from tsm_core.model import build
-from tsm_core.preprocess import PreprocessSpec
+from tsm_core.model_file import ModelFileError, read_card
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import Checkpoint, UnknownRecipe, generic
 
 BODY = bytes(range(256)) * 2000  # 512 KB

@@ -15,7 +15,7 @@ from pipelines.scenes import Scene
 from pipelines.sources import BadFile, iter_file
 from tsm_core.checkpoints import load_detector
 from tsm_core.model import WindowTSM, build
-from tsm_core.preprocess import PreprocessSpec
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import Recipe
 from tsm_core.types import ObjectEvent
 from tsm_core.zoo import UnknownModel, find_model

@@ -9,9 +9,10 @@ import torchvision
 from pipelines.init_boxes import classifier_names, init_detector
 from pipelines.init_weights import NoInitialWeights
 from tests.unit.pipelines.box_kit import RECIPE
-from tsm_core.checkpoints import ModelFileError, save_model
+from tsm_core.checkpoints import save_model
 from tsm_core.detector import TSMDetector, build_detector
 from tsm_core.detector_recipes import DETECTOR_RECIPES
+from tsm_core.model_file import ModelFileError
 
 SSDLITE = DETECTOR_RECIPES["ssdlite320_mobilenet_v3_large"]
 TWIN = DETECTOR_RECIPES["ssdlite320_mobilenet_v3_large_uni"]

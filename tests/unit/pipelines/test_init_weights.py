@@ -9,8 +9,9 @@ import torchvision
 from pipelines.init_weights import NoInitialWeights, imagenet_url, init_model
 from tests.unit.pipelines.training_kit import RECIPE
 from tsm_core.backbones import build_backbone
-from tsm_core.checkpoints import ModelFileError, save_model
+from tsm_core.checkpoints import save_model
 from tsm_core.model import TSM, build
+from tsm_core.model_file import ModelFileError
 from tsm_core.recipes import RECIPES, Training, generic
 
 LABELS = ("a", "b", "c")

@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.addresses import FILE_FORMATS
 from pipelines.media_limits import BadMedia, MediaLimits, MediaTooLarge, VideoFacts, checked_video, decode_image
-from pipelines.sources import FILE_FORMATS
 
 MOST_GROWTH_BYTES = 120 << 20  # of the process that decodes, and of the child that looks
 BOMBS = {

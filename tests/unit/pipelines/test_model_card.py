@@ -13,8 +13,9 @@ from pipelines.model_card import card_files
 from pipelines.train import fit
 from tests.unit.pipelines.evaluate_kit import write_folder
 from tests.unit.pipelines.training_kit import RECIPE, Moving, moving_job
-from tsm_core.checkpoints import read_card, save_model
+from tsm_core.checkpoints import save_model
 from tsm_core.model import build
+from tsm_core.model_file import read_card
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines import sampling
-from pipelines.datasets import DATASETS, NoList, VideoDataset, VideoRecord, open_list, read_list
+from pipelines.datasets import DATASETS, NoList, VideoRecord, open_list, read_list
 from pipelines.decoding import FolderReader, VideoReader
 from pipelines.prepare import (
     FAULTS,
@@ -23,6 +23,7 @@ from pipelines.prepare import (
     scale_filter,
 )
 from pipelines.sources import find_ffmpeg
+from pipelines.video_dataset import VideoDataset
 from tests.assets.make import make_miniature, shown
 from tsm_core.errors import CallerError
 from tsm_core.labels import UnknownDataset, labels_of

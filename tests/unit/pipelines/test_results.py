@@ -17,7 +17,8 @@ from pipelines.evaluate import evaluate, run_evaluation
 from pipelines.journal import OtherJournal
 from pipelines.scoring import CropDoesNotFit, Videos
 from tests.unit.pipelines.evaluate_kit import make_videos, model_of, recipe_of
-from tsm_core.checkpoints import ModelFileError, save_model
+from tsm_core.checkpoints import save_model
+from tsm_core.model_file import ModelFileError
 from tsm_core.recipes import Accuracy, Checkpoint, Published, Views
 
 

@@ -20,7 +20,8 @@ from pipelines.training_data import OPENERS, NothingReadable, TrainingData
 from pipelines.training_job import BadOptions, TrainResult, at_size, new_job
 from pipelines.work_dir import CannotWrite, OtherTraining, WorkDir
 from tests.unit.pipelines.training_kit import RECIPE, TRAINING, Moving, moving_job, with_training
-from tsm_core.checkpoints import load_model, read_card
+from tsm_core.checkpoints import load_model
+from tsm_core.model_file import read_card
 from tsm_core.recipes import PAGE_ROWS, RECIPES, Recipe
 
 STHV1 = RECIPES["tsm_r50_1x1x8_50e_sthv1_rgb"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipelines.decoding import UnreadableVideo
 from pipelines.training_data import OPENERS, ClipOptions, TrainingData
 from pipelines.training_job import Job, Options, new_job
-from tsm_core.preprocess import PreprocessSpec
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import Recipe, Training, Views
 
 SIDE = 32

@@ -16,9 +16,9 @@ from services.schemas import Lease, SourceSpec, StreamSpec
 from services.served import Model
 from services.settings import EngineSettings, ModelSettings, Settings
 from services.store import StateStore
+from tsm_core.frame import Frame
 from tsm_core.model import TSM, WindowTSM, build
 from tsm_core.recipes import MOTION9
-from tsm_core.types import Frame
 
 MODEL = "motion9"
 torch.set_num_threads(1)  # as an engine does; more threads than cores wait for each other

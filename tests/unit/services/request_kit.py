@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines.scenes import Scene
 from services.engine import Engine
 from services.inference import InferReply, InferRequest, SequenceCall
-from services.inferring import LocalInference
+from services.local_inference import LocalInference
 from services.served import Model
 from services.settings import ModelSettings
 from services.store import StateStore

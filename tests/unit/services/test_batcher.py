@@ -5,7 +5,7 @@ import torch
 
 from services.batcher import Batcher
 from services.frame_queue import FrameQueue
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 IMAGE = torch.zeros(3, 4, 4, dtype=torch.uint8)
 

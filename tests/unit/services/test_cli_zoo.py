@@ -10,9 +10,10 @@ from typer.testing import CliRunner, Result
 from pipelines.datasets import DATASETS
 from services.cli import app
 from tests.assets.make import make_miniature
-from tsm_core.checkpoints import load_model, read_card
+from tsm_core.checkpoints import load_model
 from tsm_core.detector_recipes import DETECTOR_RECIPES
 from tsm_core.model import build
+from tsm_core.model_file import read_card
 from tsm_core.recipes import PAGE_ROWS, RECIPES, find_recipe
 
 JESTER = "mobilenetv2_jester_online"

@@ -32,8 +32,8 @@ from tests.unit.services.engine_kit import (
     wait,
 )
 from tsm_core.crops import crop_object
+from tsm_core.frame import Frame
 from tsm_core.postprocess import new_smoother
-from tsm_core.types import Frame
 
 FPS = 10
 SIZE = (2 * WIDTH, 2 * HEIGHT)  # of the camera: the decoder halves it

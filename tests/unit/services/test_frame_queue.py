@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from services.frame_queue import FrameQueue
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 IMAGE = torch.zeros(3, 4, 4, dtype=torch.uint8)
 

@@ -12,9 +12,10 @@ import torch
 from pipelines.infer import infer_file
 from services.engine import Engine
 from services.inference import BadInput, ModelBusy, ModelInUse, ModelNotReady, SequenceCall, UnknownModel
-from services.inferring import LocalInference
+from services.local_inference import LocalInference
 from services.manager import SourceNotAllowed, StreamManager
-from services.requests import MAX_FRAMES, MAX_WAITING
+from services.request_form import MAX_FRAMES
+from services.requests import MAX_WAITING
 from services.schemas import SourceSpec, StreamSpec
 from services.settings import ModelsSettings
 from services.store import MemoryStore
@@ -33,9 +34,10 @@ from tests.unit.services.request_kit import (
     texts,
     written,
 )
-from tsm_core.checkpoints import ModelFileError, load_detector, save_model
+from tsm_core.checkpoints import load_detector, save_model
 from tsm_core.errors import CallerError
 from tsm_core.model import WindowTSM, build
+from tsm_core.model_file import ModelFileError
 from tsm_core.postprocess import new_smoother
 from tsm_core.recipes import MOTION9
 from tsm_core.zoo import find_model

@@ -12,7 +12,7 @@ from services.snapshots import SnapshotError, decode_snapshot, encode_snapshot, 
 from services.stream_models import StreamModel
 from tests.unit.services.engine_kit import MODEL, HandSource, picture, settings, small_model, spec
 from tsm_core.arena import ArenaFull
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 LEASE = Lease(stream_id="door", owner="r1", epoch=3)
 

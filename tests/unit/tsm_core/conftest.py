@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tsm_core.model import TSM, build
-from tsm_core.preprocess import PreprocessSpec
+from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import MOTION9, Recipe, generic
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tsm_core.boxes import Boxes, cleaned, detections_of, detections_on, letterbox_of, letterboxed
 from tsm_core.errors import ShapeError
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 NAN, INF = float("nan"), float("inf")
 SOURCES = [(1280, 720), (320, 320), (720, 1280), (33, 200), (1, 1), (4000, 3)]

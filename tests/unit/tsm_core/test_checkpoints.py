@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tsm_core.backbones import ShiftedConv2d
-from tsm_core.checkpoints import ModelFileError, import_checkpoint, load_backbone, load_model, read_card, save_model
+from tsm_core.checkpoints import import_checkpoint, load_backbone, load_model, save_model
 from tsm_core.model import TSM, WindowTSM, build
+from tsm_core.model_file import ModelFileError, read_card
 from tsm_core.recipes import find_recipe
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tsm_core.crops import crop_object, crop_region
 from tsm_core.errors import ShapeError
-from tsm_core.types import Frame
+from tsm_core.frame import Frame
 
 
 def frame_of(width=40, height=20, source_size=(400, 200)) -> Frame:

@@ -12,18 +12,12 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
 from tsm_core.arena import SlotError
-from tsm_core.checkpoints import (
-    ModelFileError,
-    import_checkpoint,
-    load_detector,
-    load_recogniser,
-    read_card,
-    save_model,
-)
+from tsm_core.checkpoints import import_checkpoint, load_detector, load_recogniser, save_model
 from tsm_core.cost import multiply_adds, parameters
 from tsm_core.detector import Dense, build_detector
 from tsm_core.detector_recipes import COCO_ROWS, DETECTOR_RECIPES, MOVING_SHAPES_TSM
 from tsm_core.errors import ShapeError
+from tsm_core.model_file import ModelFileError, read_card
 
 MEMORY = {
     "moving_shapes_tsm": 8,

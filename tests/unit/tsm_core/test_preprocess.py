@@ -11,16 +11,8 @@ import torch
 from PIL import Image
 
 from tsm_core.errors import ShapeError
-from tsm_core.preprocess import (
-    PreprocessError,
-    PreprocessSpec,
-    crop_offsets,
-    crop_views,
-    normalise,
-    preprocess,
-    resize_crop,
-    resized_size,
-)
+from tsm_core.preprocess import crop_offsets, crop_views, normalise, preprocess, resize_crop, resized_size
+from tsm_core.preprocess_spec import PreprocessError, PreprocessSpec
 from tsm_core.recipes import MOTION9
 
 SHORT = PreprocessSpec()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tsm_core.errors import ShapeError
-from tsm_core.types import ActionEvent, Detection, Frame, ObjectEvent, Scores, Track
+from tsm_core.frame import Frame
+from tsm_core.types import ActionEvent, Detection, ObjectEvent, Scores, Track
 
 
 def test_a_frame_maps_back_to_the_cameras_pixels():
