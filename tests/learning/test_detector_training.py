@@ -135,6 +135,7 @@ def checkpoint(place: Path) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one_that_accumulates(tmp_path, ray_here):
     """Parameters after two steps of a detector whose norms learn of each worker's clips; figures of all videos."""
     make_vid(tmp_path)

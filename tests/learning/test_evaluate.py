@@ -278,12 +278,16 @@ def teach(features: Tensor, classes: list[int], of: int) -> tuple[Tensor, Tensor
     ("dataset", "name", "kind", "ends"),
     [
         ("kinetics400", "tsm_r50_1x1x8_50e_kinetics400_rgb__340x256", "rawframes", "safetensors"),
-        ("sthv1", "tsm_r50_1x1x8_50e_sthv1_rgb", "rawframes", "safetensors"),
+        pytest.param("sthv1", "tsm_r50_1x1x8_50e_sthv1_rgb", "rawframes", "safetensors", marks=pytest.mark.slow),
         ("sthv1", "TSM_something_RGB_resnet50_shift8_blockres_avg_segment8_e45", "rawframes", "pth"),
-        ("sthv2", "tsm_r50_1x1x8_50e_sthv2_rgb", "videos", "safetensors"),
-        ("jester", "tsm_r50_1x1x8_50e_jester_rgb", "rawframes", "safetensors"),
-        ("diving48", "tsm_r50_video_1x1x8_50e_diving48_rgb", "videos", "safetensors"),
-        ("hmdb51", "tsm_k400_pretrained_r50_1x1x8_25e_hmdb51_rgb", "rawframes", "safetensors"),
+        pytest.param("sthv2", "tsm_r50_1x1x8_50e_sthv2_rgb", "videos", "safetensors", marks=pytest.mark.slow),
+        pytest.param("jester", "tsm_r50_1x1x8_50e_jester_rgb", "rawframes", "safetensors", marks=pytest.mark.slow),
+        pytest.param(
+            "diving48", "tsm_r50_video_1x1x8_50e_diving48_rgb", "videos", "safetensors", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "hmdb51", "tsm_k400_pretrained_r50_1x1x8_25e_hmdb51_rgb", "rawframes", "safetensors", marks=pytest.mark.slow
+        ),
         ("ucf101", "tsm_k400_pretrained_r50_1x1x8_25e_ucf101_rgb", "videos", "safetensors"),
     ],
 )
@@ -346,13 +350,9 @@ def test_a_miniature_of_each_data_set_has_the_accuracy_worked_out_beside(dataset
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips are not on this machine (TSM_VIDEOS_DIR)")
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        # half a second a view
-        pytest.param("tsm_r50_1x1x8_50e_kinetics400_rgb__ss256", marks=pytest.mark.slow),
-        "tsm_mobilenetv2_dense_1x1x8_100e_kinetics400_rgb",
-    ],
+    "name", ["tsm_r50_1x1x8_50e_kinetics400_rgb__ss256", "tsm_mobilenetv2_dense_1x1x8_100e_kinetics400_rgb"]
 )
 def test_real_clips_in_all_kinds_of_views(name, tmp_path):
     """Ten crops, three crops of two clips, and ten dense clips, with progress; no weights, so no figure to expect."""
@@ -360,7 +360,7 @@ def test_real_clips_in_all_kinds_of_views(name, tmp_path):
     listed.write_text("k400_cleaning_pool.mp4 cleaning pool\nk400_flipping_pancake.mkv flipping pancake\n")
     torch.manual_seed(0)
     save_model(tmp_path / "random.safetensors", build(RECIPES[name]))
-    few = 1 if "r50" in name else 2
+    few = 1 if "r50" in name else 2  # half a second a view
     settings = (
         (Views("uniform", "center"), 2),
         (Views("twice", "three", 256), 2),

@@ -114,6 +114,7 @@ def train_workers() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_worker_costs_what_came_after_the_checkpoint(root, tmp_path, ray_here):
     """On a CPU, with deterministic algorithms, the end is that of an undisturbed training to the bit."""
     recipe, killed = small(epochs=16, dropout=0.5), []

@@ -68,9 +68,9 @@ def test_a_fast_camera_keeps_its_turn_though_its_frame_is_always_young():
 def test_it_waits_for_company_but_no_longer_than_told():
     batcher = Batcher(max_batch=8, max_wait_s=0.05)
     queues = streams(batcher, 3)
+    start = time.monotonic()
     put(batcher, queues["s0"], "s0", 0)
     threading.Timer(0.01, put, (batcher, queues["s1"], "s1", 0)).start()
-    start = time.monotonic()
     assert sorted(names(batcher.take(1.0))) == ["s0", "s1"]
     assert 0.045 <= time.monotonic() - start < 0.5
 

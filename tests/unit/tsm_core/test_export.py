@@ -125,7 +125,7 @@ def test_steps(model_of, tmp_path, format, backbone, start):
     assert loaded.metadata["form"] == "step"
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
 def test_a_model_made_for_inference_keeps_its_form(model_of, tmp_path, format):
     """Folded norms and channels last go out; the model itself stays as it was."""
     model = copy.deepcopy(model_of("mobilenet_v2", "bi", frames=4)).for_inference()
