@@ -24,7 +24,7 @@ import yaml
 
 from services.rpc.tsm.v1 import streams_pb2 as pb
 from services.rpc.tsm.v1.streams_pb2_grpc import StreamServiceStub
-from tests.learning.test_train import Cluster, free_port
+from tests.integration.ray_kit import Cluster, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY_S = 400.0  # a minute where nothing else runs

@@ -2,26 +2,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 import torch
 
 from pipelines.prepare import prepare
-from pipelines.ray_local import ENVIRONMENT, ray_session
+from pipelines.ray_local import ray_session
 from pipelines.train import TrainingFailed, run_training
 from pipelines.training_data import NoData
 from pipelines.training_job import Options, TrainResult
@@ -184,151 +180,3 @@ def test_signal_to_all_its_processes_ends_a_training_in_order(tmp_path, number):
     assert (there["epoch"], there["step"]) > (0, 0)
     again = subprocess.run([*entry, "--steps", "1"], capture_output=True, text=True, timeout=150)
     assert f"goes on at epoch {there['epoch'] + 1}, step {there['step'] + 1}" in again.stdout, again.stderr
-
-
-# --- jobs
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-class Cluster:
-    """A Ray cluster of one machine on loopback, and its job commands."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, port = folder, free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self._environment = {**os.environ, **ENVIRONMENT, "RAY_TMPDIR": str(folder), "GLOO_SOCKET_IFNAME": "lo"}
-        self._environment.pop("RAY_ADDRESS", None)
-        command = [
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            "--head",
-            "--block",
-            "--port",
-            str(free_port()),
-        ]
-        command += ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)]
-        command += ["--num-cpus", "4", "--num-gpus", "0", "--object-store-memory", str(100 << 20)]
-        command += ["--ray-client-server-port", str(free_port()), "--temp-dir", str(folder)]
-        command += ["--dashboard-agent-listen-port", str(free_port())]  # there may be other clusters here
-        with (folder / "head.log").open("wb") as log:
-            self._head = subprocess.Popen(
-                command, env=self._environment, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def ready(self) -> None:
-        """Wait until the cluster takes jobs: its node's agent comes up after all else."""
-        deadline_s = time.monotonic() + 90
-        while self._head.poll() is None and time.monotonic() < deadline_s:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.post(f"{self.url}/api/jobs/", json={"entrypoint": "true"}).is_success:
-                    return
-            time.sleep(0.5)
-        raise AssertionError((self._folder / "head.log").read_text())
-
-    def job(self, *words: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
-        """`ray job ...`, to its end."""
-        return subprocess.run(
-            self._command(words), env=self._environment, capture_output=True, text=True, timeout=timeout_s
-        )
-
-    def follow(self, name: str, until: Callable[[str], bool], timeout_s: float = 90) -> list[str]:
-        """Lines of `ray job logs -f` until one of them is what was waited for."""
-        lines: list[str] = []
-        process = subprocess.Popen(
-            self._command(("logs", "-f", name)), env=self._environment, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        killer = threading.Timer(timeout_s, process.kill)
-        killer.start()
-        try:
-            for line in process.stdout:
-                lines.append(line.rstrip())
-                if until(lines[-1]):
-                    break
-        finally:
-            killer.cancel()
-            process.kill()
-            process.communicate()
-        return lines
-
-    def _command(self, words: tuple[str, ...]) -> list[str]:
-        verb, *rest = words
-        return [sys.executable, "-m", "ray.scripts.scripts", "job", verb, "--address", self.url, *rest]
-
-    def stop(self) -> None:
-        children = psutil.Process(self._head.pid).children(recursive=True) if self._head.poll() is None else []
-        self._head.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._head.wait(5)
-        for process in (*children, self._head):
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                process.kill()
-        self._head.wait(10)
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="tsm-", dir="/tmp"))
-    found = Cluster(folder)
-    try:
-        found.ready()
-        yield found
-    finally:
-        found.stop()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.timeout(300)
-def test_jobs_are_submitted_followed_stopped_and_go_on(tmp_path, cluster):
-    """What `docs` tell people to type, against a cluster on loopback; the code comes with the job."""
-    make_miniature("kinetics400", tmp_path, videos_per_class=2)
-    prepare("kinetics400", tmp_path)
-    code = tmp_path / "code"
-    for package in ("pipelines", "tsm_core"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
-        shutil.copytree(Path(__file__).parents[2] / package, code / package, ignore=ignored)
-    row, place = "tsm_mobilenetv2_dense_1x1x8_100e_kinetics400_rgb_uni", tmp_path / "run"
-    entry = [sys.executable, "-m", "pipelines.train", row, "--data", str(tmp_path), "--work-dir", str(place)]
-    entry += ["--ray", "--gpus", "0", "--px", "32", "--batch", "1", "--init", "none", "--validate", "0"]
-    entry += ["--loaders", "1"]
-
-    def submit(name: str, *more: str) -> None:
-        said = cluster.job(
-            "submit", "--submission-id", name, "--no-wait", "--working-dir", str(code), "--", *entry, *more
-        )
-        assert said.returncode == 0, said.stdout + said.stderr
-
-    submit("first")
-    lines = cluster.follow("first", lambda line: line.startswith("epoch 1/100 done"))
-    assert lines[-1].startswith("epoch 1/100 done"), lines
-    assert any("begins with random weights" in line for line in lines)
-    assert "RUNNING" in cluster.job("status", "first").stdout
-    assert "'first' was stopped" in cluster.job("stop", "first").stdout
-    assert "'first' was stopped" in cluster.job("status", "first").stdout
-    there = checkpoint(place)["progress"]
-    assert there["epoch"] >= 1
-
-    # not in Ray's workers but in the job's own process, with one that reads ahead: stop means both
-    entry.remove("--ray")
-    submit("second")
-    again = cluster.follow("second", lambda line: line.startswith(f"epoch {there['epoch'] + 2}/100 done"))
-    assert any(f"goes on at epoch {there['epoch'] + 1}, step {there['step'] + 1}" in line for line in again), again
-    assert "'second' was stopped" in cluster.job("stop", "second").stdout
-    assert any("goes on from there" in line for line in cluster.job("logs", "second").stdout.splitlines())
-    before, there = there, checkpoint(place)["progress"]
-    assert there["epoch"] >= before["epoch"] + 2
-
-    submit("third", "--steps", str(6 * there["epoch"] + there["step"] + 2))
-    lines = cluster.follow("third", lambda line: "steps in" in line)
-    assert any(f"goes on at epoch {there['epoch'] + 1}, step {there['step'] + 1}" in line for line in lines), lines
-    deadline_s = time.monotonic() + 30
-    while "'third' succeeded" not in cluster.job("status", "third").stdout:
-        assert time.monotonic() < deadline_s
-    assert checkpoint(place)["progress"]["epoch"] >= there["epoch"]
-    assert (place / "last.safetensors").is_file()
