@@ -39,7 +39,6 @@ from tsm_core.zoo import available_models, find_model
 
 LOAD_S = 120.0
 LOOK_S = 0.05
-FIRST_LOOK_S = 0.005
 KNOWN_S = 0.5  # how long a gateway remembers which models are wanted
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -99,3 +101,16 @@ class Cluster:
             with contextlib.suppress(psutil.Error, ProcessLookupError):
                 process.kill()
         self._head.wait(10)
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[Cluster]:
+    """A cluster that takes jobs, until the block ends."""
+    folder = Path(tempfile.mkdtemp(prefix="tsm-", dir="/tmp"))
+    found = Cluster(folder)
+    try:
+        found.ready()
+        yield found
+    finally:
+        found.stop()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -6,10 +6,8 @@ import base64
 import contextlib
 import json
 import queue
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ import yaml
 
 from services.rpc.tsm.v1 import streams_pb2 as pb
 from services.rpc.tsm.v1.streams_pb2_grpc import StreamServiceStub
-from tests.integration.ray_kit import Cluster, free_port
+from tests.integration.ray_kit import Cluster, free_port, ray_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY_S = 400.0  # a minute where nothing else runs
@@ -61,14 +59,8 @@ def cluster(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluste
     monkeypatch.setenv("TSM_STORE__URL", valkey_url)
     monkeypatch.setenv("TSM_STORE__ENCRYPTION_KEY", base64.b64encode(bytes(range(32))).decode())
     monkeypatch.setenv("TSM_AUTH__ADMIN_TOKEN", TOKEN)
-    folder = Path(tempfile.mkdtemp(prefix="tsm-", dir="/tmp"))
-    found = Cluster(folder)
-    try:
-        found.ready()
+    with ray_cluster() as found:
         yield found
-    finally:
-        found.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.timeout(900)

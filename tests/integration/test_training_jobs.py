@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +12,13 @@ import pytest
 from pipelines.prepare import prepare
 from pipelines.work_dir import WorkDir
 from tests.assets.make import make_miniature
-from tests.integration.ray_kit import Cluster
+from tests.integration.ray_kit import Cluster, ray_cluster
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="tsm-", dir="/tmp"))
-    found = Cluster(folder)
-    try:
-        found.ready()
+    with ray_cluster() as found:
         yield found
-    finally:
-        found.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def progress(place: Path) -> dict[str, Any]:
