@@ -5,27 +5,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipelines.prepare import prepare
-from pipelines.work_dir import WorkDir
 from tests.assets.make import make_miniature
 from tests.integration.ray_kit import Cluster, ray_cluster
+from tests.unit.pipelines.training_kit import checkpoint
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with ray_cluster() as found:
         yield found
-
-
-def progress(place: Path) -> dict[str, Any]:
-    with WorkDir(place) as folder:
-        state = folder.load_checkpoint()
-    assert state is not None
-    return state["progress"]
 
 
 @pytest.mark.timeout(600)
@@ -55,7 +47,7 @@ def test_jobs_are_submitted_followed_stopped_and_go_on(tmp_path, cluster):
     assert "RUNNING" in cluster.job("status", "first").stdout
     assert "'first' was stopped" in cluster.job("stop", "first").stdout
     assert "'first' was stopped" in cluster.job("status", "first").stdout
-    there = progress(place)
+    there = checkpoint(place)["progress"]
     assert there["epoch"] >= 1
 
     # not in Ray's workers but in the job's own process, with one that reads ahead: stop means both
@@ -65,7 +57,7 @@ def test_jobs_are_submitted_followed_stopped_and_go_on(tmp_path, cluster):
     assert any(f"goes on at epoch {there['epoch'] + 1}, step {there['step'] + 1}" in line for line in again), again
     assert "'second' was stopped" in cluster.job("stop", "second").stdout
     assert any("goes on from there" in line for line in cluster.job("logs", "second").stdout.splitlines())
-    before, there = there, progress(place)
+    before, there = there, checkpoint(place)["progress"]
     assert there["epoch"] >= before["epoch"] + 2
 
     submit("third", "--steps", str(6 * there["epoch"] + there["step"] + 2))
@@ -74,5 +66,5 @@ def test_jobs_are_submitted_followed_stopped_and_go_on(tmp_path, cluster):
     deadline_s = time.monotonic() + 30
     while "'third' succeeded" not in cluster.job("status", "third").stdout:
         assert time.monotonic() < deadline_s
-    assert progress(place)["epoch"] >= there["epoch"]
+    assert checkpoint(place)["progress"]["epoch"] >= there["epoch"]
     assert (place / "last.safetensors").is_file()

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +18,9 @@ from pipelines.train import run_training
 from pipelines.training_data import ClipOptions
 from pipelines.training_job import Options, new_job
 from pipelines.vid import prepare_vid
-from pipelines.work_dir import WorkDir
 from services.cli import app
 from tests.unit.pipelines import box_kit
+from tests.unit.pipelines.training_kit import checkpoint
 from tests.unit.pipelines.vid_kit import make_vid
 from tsm_core.detector_recipes import DETECTOR_RECIPES, DetectorRecipe
 from tsm_core.model_file import read_card
@@ -126,13 +125,6 @@ def ray_here() -> Iterator[Any]:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
         with ray_session("local", cpus=3) as ray:
             yield ray
-
-
-def checkpoint(place: Path) -> dict[str, Any]:
-    with WorkDir(place) as folder:
-        state = folder.load_checkpoint()
-    assert state is not None
-    return state
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ from pipelines.ray_local import ray_session
 from pipelines.train import TrainingFailed, run_training
 from pipelines.training_data import NoData
 from pipelines.training_job import Options, TrainResult
-from pipelines.work_dir import WorkDir
 from tests.assets.make import make_miniature
+from tests.unit.pipelines.training_kit import checkpoint
 from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import RECIPES, Recipe, Views
 
@@ -69,13 +69,6 @@ def small(epochs: int, dropout: float = 0.0) -> Recipe:
         accurate=Views(crop_px=SIDE),
         training=training,
     )
-
-
-def checkpoint(place: Path) -> dict[str, Any]:
-    with WorkDir(place) as folder:
-        state = folder.load_checkpoint()
-    assert state is not None
-    return state
 
 
 def run(recipe: Recipe, root: Path, place: Path, workers: int, say: Any = None, **changes: Any) -> TrainResult:

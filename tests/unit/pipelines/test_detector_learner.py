@@ -17,7 +17,7 @@ from pipelines.train import fit
 from pipelines.training_data import ClipOptions, NothingReadable
 from pipelines.training_job import BadOptions
 from tests.unit.pipelines.box_kit import RECIPE, TRAINING, Blocks, blocks_job, with_training
-from tests.unit.pipelines.test_train import checkpoint
+from tests.unit.pipelines.training_kit import checkpoint
 from tsm_core.checkpoints import load_detector
 from tsm_core.detector import build_detector
 from tsm_core.model_file import read_card

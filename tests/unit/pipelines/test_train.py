@@ -18,8 +18,8 @@ from pipelines.study import Team
 from pipelines.train import Diverged, Interrupted, fit, main, run_training
 from pipelines.training_data import OPENERS, NothingReadable, TrainingData
 from pipelines.training_job import BadOptions, TrainResult, at_size, new_job
-from pipelines.work_dir import CannotWrite, OtherTraining, WorkDir
-from tests.unit.pipelines.training_kit import RECIPE, TRAINING, Moving, moving_job, with_training
+from pipelines.work_dir import CannotWrite, OtherTraining
+from tests.unit.pipelines.training_kit import RECIPE, TRAINING, Moving, checkpoint, moving_job, with_training
 from tsm_core.checkpoints import load_model
 from tsm_core.model_file import read_card
 from tsm_core.recipes import PAGE_ROWS, RECIPES, Recipe
@@ -38,13 +38,6 @@ def quiet(_: str) -> None:
 
 def train(tmp_path: Any, recipe: Recipe = RECIPE, say: Any = quiet, **options: Any) -> TrainResult:
     return fit(moving_job(tmp_path, recipe, **options), Team(say=say))
-
-
-def checkpoint(place: Any) -> dict[str, Any]:
-    with WorkDir(place) as folder:
-        state = folder.load_checkpoint()
-    assert state is not None
-    return state
 
 
 def same_end(one: Any, other: Any) -> None:

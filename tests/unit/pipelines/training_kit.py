@@ -13,6 +13,7 @@ from torch import Tensor
 from pipelines.decoding import UnreadableVideo
 from pipelines.training_data import OPENERS, ClipOptions, TrainingData
 from pipelines.training_job import Job, Options, new_job
+from pipelines.work_dir import WorkDir
 from tsm_core.preprocess_spec import PreprocessSpec
 from tsm_core.recipes import Recipe, Training, Views
 
@@ -75,3 +76,11 @@ def moving_job(work_dir: Path, recipe: Recipe = RECIPE, **options: Any) -> Job:
 
 def with_training(**changes: Any) -> Recipe:
     return replace(RECIPE, training=replace(TRAINING, **changes))
+
+
+def checkpoint(place: Path) -> dict[str, Any]:
+    """What a training has saved."""
+    with WorkDir(place) as folder:
+        state = folder.load_checkpoint()
+    assert state is not None
+    return state
